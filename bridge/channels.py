@@ -1,0 +1,254 @@
+"""One channel on the ioloop: its watcher, and what an event of it does.
+
+Sits between ioloop.py, which owns the registrations, and turns.py. A channel is any object that pyftpdlib
+registers: a listener, a control connection, a data connection, an acceptor for PASV, a connector for PORT.
+
+- An event for a session that is busy stops that watcher; the end of the turn starts it again. Events are
+  level-triggered: nothing is lost, and nothing spins meanwhile.
+- asyncore's `read()` and `write()` swallow GreenletExit and gevent.Timeout in a bare `except:`, so a
+  killed handler would live on. `Registration._handle` does what they do, except for these two.
+- A channel that is ready but cannot use it rests instead of waking the hub for ever (the 100 % CPU of
+  pyftpdlib #191 #245 #429 #613 #683), and so does a listener when accept() runs out of descriptors.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import errno
+import logging
+from typing import TYPE_CHECKING, Any
+
+from gevent import GreenletExit, Timeout, getcurrent
+from pyftpdlib.ioloop import Acceptor, asyncore
+
+from bridge.turns import Session, Turns
+
+if TYPE_CHECKING:
+    from bridge.ioloop import GeventIOLoop
+
+log = logging.getLogger(__name__)
+
+READ = 1  # gevent's and pyftpdlib's bits agree
+WRITE = 2
+
+#: What an exception must be to leave a turn for the caller of loop(); the rest ends in handle_error().
+FOR_THE_CALLER = (KeyboardInterrupt, SystemExit, asyncore.ExitNow)
+
+#: Seconds a channel rests that cannot make use of its events: the first time, and at most. The values
+#: and the doubling are those of gevent.baseserver.BaseServer for accept errors.
+MIN_DELAY = 0.01
+MAX_DELAY = 1.0
+
+#: Errors of accept() that will not go away (gevent.baseserver.BaseServer.fatal_errors). After any other,
+#: above all EMFILE, ENFILE, ENOBUFS and ENOMEM, a listener rests and tries again; pyftpdlib closes it.
+FATAL_FOR_LISTENER = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
+
+
+class Registration:
+    """One channel on the loop, with its watcher.
+
+    The watcher is None before the ioloop has a hub and after the registration has ended; it is stopped
+    while `parked` (the session is busy) and while `resting` (a timer that ends a back-off).
+    """
+
+    __slots__ = (
+        "channel",
+        "context",
+        "control",
+        "delay",
+        "events",
+        "fd",
+        "ioloop",
+        "parked",
+        "ready",
+        "resting",
+        "session",
+        "watcher",
+    )
+
+    def __init__(self, ioloop: GeventIOLoop, fd: int, channel: Any, events: int) -> None:
+        self.ioloop = ioloop
+        self.fd = fd
+        self.channel = channel
+        self.events = events
+        #: The control connection this channel belongs to; for a control connection, itself.
+        self.control = getattr(channel, "cmd_channel", channel)
+        #: None for a listener: each accept is a session of its own, made from `context`.
+        self.session: Session | None = None
+        self.context: contextvars.Context | None = None
+        self.watcher: Any = None
+        #: Events seen by the watcher, to be served in the running batch.
+        self.ready = 0
+        self.parked = False
+        self.resting: Any = None
+        self.delay = 0.0
+
+    # --- runs in the hub's thread
+
+    def attach(self, hub: Any, turns: Turns) -> None:
+        """Make the watcher and start it. Raises OSError (EBADF) if the fd is not open."""
+        if isinstance(self.channel, Acceptor) and self.control is self.channel:
+            self.context = self.context or contextvars.copy_context()
+        else:
+            self.session = turns.session_of(self.control)
+        try:
+            self.watcher = hub.loop.io(self.fd, self.events)
+        except ValueError as error:
+            raise OSError(errno.EBADF, f"cannot watch file descriptor {self.fd}") from error
+        self.watcher.start(self._on_ready, pass_events=True)
+
+    def modify(self, events: int) -> None:
+        """Watch for other events; ends a rest."""
+        self.events = events
+        watcher = self.watcher
+        if watcher is not None:
+            watcher.stop()
+            watcher.events = events
+            self._end_rest()
+            if not self.parked:
+                watcher.start(self._on_ready, pass_events=True)
+
+    def detach(self) -> None:
+        """Release the watcher; before the fd is closed. Twice is no harm."""
+        self._end_rest()
+        self.ready = 0
+        self.parked = False
+        watcher, self.watcher = self.watcher, None
+        if watcher is not None:
+            watcher.stop()
+            watcher.close()
+
+    def _end_rest(self) -> None:
+        if self.resting is not None:
+            self.resting.stop()
+            self.resting.close()
+            self.resting = None
+
+    # --- runs in the hub: must not block
+
+    def _on_ready(self, events: int) -> None:
+        if not self.ready:
+            ioloop = self.ioloop
+            ioloop._ready.append(self)
+            if len(ioloop._ready) == 1:
+                ioloop._hub.loop.run_callback(ioloop._on_batch)
+        self.ready = events
+
+    def _on_served(self) -> None:
+        """Start the turn for what `_on_ready` has seen."""
+        events, self.ready = self.ready, 0
+        session = self.session
+        if self.watcher is None:  # unregistered since
+            return
+        if session is None:
+            assert self.context is not None
+            turns = self.ioloop._turns
+            turns.run(Session(turns, self.context.copy(), vacant=True), None, self._handle, events)
+        elif session.worker is not None:
+            self.watcher.stop()
+            self.parked = True
+            session.defer(self.control, self._unpark, None)
+        else:
+            self.ioloop._turns.run(session, self.control, self._handle, events)
+
+    def _on_rested(self) -> None:
+        self._end_rest()
+        if self.watcher is not None and not self.parked:
+            self.watcher.start(self._on_ready, pass_events=True)
+
+    # --- runs in a worker greenlet: may wait
+
+    def _unpark(self, _: object) -> None:
+        if self.parked:
+            self.parked = False
+            if self.watcher is not None and self.resting is None:
+                self.watcher.start(self._on_ready, pass_events=True)
+
+    def _handle(self, events: int) -> None:
+        """One turn for one event: what asyncore's read() and write() do, and pyftpdlib's poll()."""
+        channel = self.channel
+        consumed = False
+        if not 0 < events <= READ | WRITE:
+            # libuv reports an error as a negative number and stops watching; let the channel find out.
+            self.modify(self.events)
+            events = READ | WRITE
+        try:
+            if events & READ and channel.readable():
+                consumed = True
+                channel.handle_read_event()
+            if events & WRITE and self.watcher is not None and channel.writable():
+                consumed = True
+                channel.handle_write_event()
+        except FOR_THE_CALLER:
+            raise
+        except (GreenletExit, Timeout) as error:
+            worker = getcurrent()
+            end_session(worker.control, error)
+            return
+        except BaseException as error:
+            if self.session is None and isinstance(error, OSError) and error.errno not in FATAL_FOR_LISTENER:
+                self._rest(error)
+            else:
+                self._handle_error()
+            return
+        if not consumed:
+            # Ready, but neither side wants it (a connection that hung up while its transfer is
+            # throttled, say): the fd stays ready and would wake the hub for ever.
+            self._rest(None)
+        elif self.delay:
+            self.delay = 0.0
+            if self.session is None:
+                log.warning("%r accepts connections again", channel)
+
+    def _handle_error(self) -> None:
+        """Let the channel deal with the exception being handled, and survive if it cannot."""
+        try:
+            self.channel.handle_error()
+        except FOR_THE_CALLER:
+            raise
+        except BaseException:
+            log.critical("%r failed in handle_error(); closing it", self.channel, exc_info=True)
+            close_quietly(self.channel)
+
+    def _rest(self, error: OSError | None) -> None:
+        """Stop watching for a while, longer every time in a row."""
+        if error is not None and not self.delay:
+            log.error(
+                "%r cannot accept: %s; trying again every %g to %g s "
+                "(descriptors: see RLIMIT_NOFILE and FTPServer.max_cons)",
+                self.channel,
+                error,
+                MIN_DELAY,
+                MAX_DELAY,
+            )
+        if self.watcher is None or self.resting is not None:
+            return
+        self.delay = min(self.delay * 2 or MIN_DELAY, MAX_DELAY)
+        self.watcher.stop()
+        self.resting = self.ioloop._hub.loop.timer(self.delay)
+        self.resting.start(self._on_rested)
+
+
+def end_session(control: Any, error: BaseException) -> None:
+    """A turn was killed or timed out: say so if the client can still hear it, and close."""
+    if isinstance(error, Timeout):
+        log.warning("%r ends: nobody caught %s (%r)", control, type(error).__name__, error, exc_info=error)
+    else:
+        log.info("%r ends: its turn was killed", control)
+    if control is None or getattr(control, "_closed", False):
+        return
+    respond = getattr(control, "respond", None)
+    if respond is not None:
+        try:
+            respond("421 Service closing control connection.")
+        except Exception:
+            log.debug("%r could not be told", control, exc_info=True)
+    close_quietly(control)
+
+
+def close_quietly(channel: Any) -> None:
+    """Close a channel whose own code may be what failed."""
+    try:
+        channel.close()
+    except Exception:
+        log.critical("%r failed to close", channel, exc_info=True)

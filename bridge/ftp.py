@@ -1,0 +1,436 @@
+"""`python -m bridge.ftp`: a complete FTP and FTPS server in one command.
+
+The top of the package, and the only file that reads argv, configures logging, installs signal handlers
+or exits. Its options are those of `python -m pyftpdlib`, by name and meaning. They are set on subclasses
+made for the run, never on pyftpdlib's own classes, and every error is one line that names the option,
+with exit code 2.
+
+The first SIGINT or SIGTERM closes the server and exits with 0; the second ends the process at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import gevent
+from pyftpdlib import servers
+from pyftpdlib.authorizers import DummyAuthorizer
+from pyftpdlib.handlers import FTPHandler
+from pyftpdlib.log import PREFIX, PREFIX_MPROC, config_logging
+from pyftpdlib.prefork import cpu_count, fork_processes
+
+import bridge
+from bridge.ioloop import GeventIOLoop
+
+DEFAULT_PORT = 2121  # python -m pyftpdlib
+READ_ONLY = "elr"
+WRITABLE = "elradfmwMT"
+CONCURRENCY = ("async", "pre-fork", "multi-thread", "multi-proc")
+
+
+class UsageError(Exception):
+    """A wrong option or a wrong combination: one line for the user."""
+
+
+# --- options
+
+
+def _encoding(value: str) -> str:
+    try:
+        codecs.lookup(value)
+    except LookupError:
+        raise argparse.ArgumentTypeError(f"unknown encoding {value!r}; try utf-8 or latin-1") from None
+    return value
+
+
+def _port(value: str) -> int:
+    try:
+        port = int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no port number") from None
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"port {port} is not between 0 (any free port) and 65535")
+    return port
+
+
+def _port_range(value: str) -> list[int]:
+    first, dash, last = value.partition("-")
+    try:
+        start, stop = int(first), int(last)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no range of ports; write FROM-TO") from None
+    if not 1 <= start <= stop <= 65535:
+        raise argparse.ArgumentTypeError(f"{value!r} does not rise from a port (1 to 65535) to another")
+    return list(range(start, stop + 1))
+
+
+def _count(value: str) -> int:
+    try:
+        count = int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number") from None
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"{count} is negative; 0 means no limit")
+    return count
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bridge.ftp",
+        description="Share a directory over FTP. Without options: the current directory, read-only, "
+        f"to anonymous users, on port {DEFAULT_PORT}.",
+    )
+    parser.add_argument("--version", action="version", version=f"bridge {bridge.__version__}")
+
+    main = parser.add_argument_group("main options")
+    main.add_argument(
+        "-i", "--interface", metavar="ADDRESS", help="address to listen on (default: all interfaces)"
+    )
+    main.add_argument(
+        "-p",
+        "--port",
+        type=_port,
+        default=DEFAULT_PORT,
+        help="port to listen on, 0 for any free one (default: %(default)s)",
+    )
+    main.add_argument("-w", "--write", action="store_true", help="let users change files (default: read-only)")
+    main.add_argument(
+        "-d",
+        "--directory",
+        metavar="PATH",
+        default=os.curdir,
+        help="directory to share (default: the current one)",
+    )
+    main.add_argument(
+        "-n", "--nat-address", metavar="ADDRESS", help="address to tell clients in passive mode, behind a NAT"
+    )
+    main.add_argument(
+        "-r",
+        "--range",
+        type=_port_range,
+        metavar="FROM-TO",
+        help="ports for passive data connections (default: any free port)",
+    )
+    main.add_argument("-D", "--debug", action="store_true", help="log commands and replies too")
+    main.add_argument("-u", "--username", help="user to log in as; anonymous may not then")
+    main.add_argument("-P", "--password", help="the user's password")
+    main.add_argument(
+        "--concurrency",
+        choices=CONCURRENCY,
+        default="async",
+        help="one process and one hub for all sessions, a process for each core, a native thread for each "
+        "session, or a process for each session (default: %(default)s)",
+    )
+
+    tls = parser.add_argument_group("TLS options (need pyOpenSSL: pip install 'pyftpdlib-gevent[tls]')")
+    tls.add_argument("--tls", action="store_true", help="offer FTPS (AUTH TLS); needs --certfile")
+    tls.add_argument("--keyfile", metavar="PATH", help="private key, PEM (default: in the certificate's file)")
+    tls.add_argument("--certfile", metavar="PATH", help="certificate chain, PEM")
+    tls.add_argument(
+        "--tls-control-required", action="store_true", help="refuse to log in without TLS on the control connection"
+    )
+    tls.add_argument(
+        "--tls-data-required", action="store_true", help="refuse data connections without TLS"
+    )
+
+    other = parser.add_argument_group("other options")
+    other.add_argument(
+        "--timeout",
+        type=_count,
+        metavar="SECONDS",
+        default=FTPHandler.timeout,
+        help="end sessions and stalled transfers after this many seconds, 0 for never (default: %(default)s)",
+    )
+    other.add_argument("--banner", default=FTPHandler.banner, help="greeting (default: %(default)r)")
+    other.add_argument(
+        "--permit-foreign-addresses",
+        action="store_true",
+        help="let data connections come from or go to another address than the control connection's",
+    )
+    other.add_argument(
+        "--permit-privileged-ports", action="store_true", help="let PORT name ports below 1024"
+    )
+    other.add_argument(
+        "--encoding",
+        type=_encoding,
+        default="utf-8",
+        help="of commands, replies and file names (default: %(default)s)",
+    )
+    other.add_argument(
+        "--use-localtime", action="store_true", help="list files with local times (default: GMT)"
+    )
+    other.add_argument(
+        "--disable-sendfile", action="store_true", help="do not use sendfile(2) to send files"
+    )
+    other.add_argument(
+        "--max-cons",
+        type=_count,
+        metavar="COUNT",
+        default=servers.FTPServer.max_cons,
+        help="simultaneous connections, data connections included, 0 for no limit (default: %(default)s)",
+    )
+    other.add_argument(
+        "--max-cons-per-ip",
+        type=_count,
+        metavar="COUNT",
+        default=servers.FTPServer.max_cons_per_ip,
+        help="simultaneous sessions from one address, 0 for no limit (default: %(default)s)",
+    )
+    other.add_argument(
+        "--max-login-attempts",
+        type=_count,
+        metavar="COUNT",
+        default=FTPHandler.max_login_attempts,
+        help="failed logins before a session ends (default: %(default)s)",
+    )
+    return parser
+
+
+# --- from options to classes
+
+
+def _directory(options: argparse.Namespace) -> str:
+    path = os.path.realpath(options.directory)
+    if not os.path.isdir(path):
+        raise UsageError(f"--directory: {options.directory!r} is not a directory")
+    try:
+        os.listdir(path)
+    except OSError as error:
+        raise UsageError(f"--directory: cannot read {options.directory!r}: {error.strerror}") from None
+    if options.write and not os.access(path, os.W_OK):
+        raise UsageError(f"--write: cannot write to {options.directory!r}")
+    return path
+
+
+def _authorizer(options: argparse.Namespace, directory: str) -> DummyAuthorizer:
+    authorizer = DummyAuthorizer()
+    permissions = WRITABLE if options.write else READ_ONLY
+    if options.username and not options.password:
+        raise UsageError("--username needs --password")
+    if options.password and not options.username:
+        raise UsageError("--password needs --username")
+    if options.username:
+        authorizer.add_user(options.username, options.password, directory, perm=permissions)
+    else:
+        # pyftpdlib warns that anonymous may write, which is what --write asked for.
+        with logging_captured_warnings():
+            authorizer.add_anonymous(directory, perm=permissions)
+    return authorizer
+
+
+def logging_captured_warnings() -> Any:
+    """A context in which warnings are dropped."""
+    import warnings
+
+    context = warnings.catch_warnings()
+    context.__enter__()
+    warnings.simplefilter("ignore", RuntimeWarning)
+    return context
+
+
+def _handler_class(options: argparse.Namespace, authorizer: DummyAuthorizer) -> type[FTPHandler]:
+    base: Any = FTPHandler
+    attributes: dict[str, Any] = {
+        "authorizer": authorizer,
+        "masquerade_address": _nat_address(options.nat_address),
+        "passive_ports": options.range,
+        "timeout": options.timeout,
+        "banner": options.banner,
+        "max_login_attempts": options.max_login_attempts,
+        "permit_foreign_addresses": options.permit_foreign_addresses,
+        "permit_privileged_ports": options.permit_privileged_ports,
+        "encoding": options.encoding,
+        "use_gmt_times": not options.use_localtime,
+        "use_sendfile": FTPHandler.use_sendfile and not options.disable_sendfile,
+    }
+    if options.tls:
+        base = _tls_handler()
+        attributes |= _tls_attributes(options)
+    else:
+        for name in ("certfile", "keyfile", "tls_control_required", "tls_data_required"):
+            if getattr(options, name):
+                raise UsageError(f"--{name.replace('_', '-')} needs --tls")
+    attributes["dtp_handler"] = type("DataHandler", (base.dtp_handler,), {"timeout": options.timeout})
+    handler: type[FTPHandler] = type("Handler", (base,), attributes)
+    return handler
+
+
+def _nat_address(value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return socket.gethostbyname(value)
+    except OSError as error:
+        raise UsageError(f"--nat-address: {value!r}: {error.strerror or error}") from None
+
+
+def _tls_handler() -> Any:
+    try:
+        from pyftpdlib.handlers import TLS_FTPHandler
+    except ImportError:
+        raise UsageError("--tls needs pyOpenSSL: pip install 'pyftpdlib-gevent[tls]'") from None
+    return TLS_FTPHandler
+
+
+def _tls_attributes(options: argparse.Namespace) -> dict[str, Any]:
+    if not options.certfile:
+        raise UsageError("--tls needs --certfile")
+    for name in ("certfile", "keyfile"):
+        path = getattr(options, name)
+        if path and not os.access(path, os.R_OK):
+            raise UsageError(f"--{name}: cannot read {path!r}")
+    return {
+        "certfile": options.certfile,
+        "keyfile": options.keyfile,
+        "ssl_context": None,
+        "tls_control_required": options.tls_control_required,
+        "tls_data_required": options.tls_data_required,
+    }
+
+
+def _server(options: argparse.Namespace, handler: type[FTPHandler]) -> Any:
+    base = {
+        "multi-thread": servers.ThreadedFTPServer,
+        "multi-proc": servers.MultiprocessFTPServer,
+    }.get(options.concurrency, servers.FTPServer)
+    limits = {"max_cons": options.max_cons, "max_cons_per_ip": options.max_cons_per_ip}
+    server_class = type("Server", (base,), limits)
+    if options.tls:
+        try:
+            handler.get_ssl_context()  # type: ignore[attr-defined]
+        except Exception as error:
+            raise UsageError(f"--certfile or --keyfile: not a certificate with its key, PEM: {error}") from None
+    try:
+        return server_class((options.interface, options.port), handler, ioloop=GeventIOLoop())
+    except OSError as error:
+        where = f"{options.interface or 'all interfaces'}, port {options.port}"
+        # pyftpdlib wraps the last error of several addresses in another OSError.
+        reason = error.args[0] if error.args and isinstance(error.args[0], OSError) else error
+        raise UsageError(f"--interface/--port: cannot listen on {where}: {reason.strerror or reason}") from None
+
+
+# --- running
+
+
+def _announce(options: argparse.Namespace, server: Any, directory: str) -> None:
+    """Say where it listens, how to connect and how to stop."""
+    host, port = server.address
+    shown = "localhost" if host in ("0.0.0.0", "::") else host
+    url_host = f"[{shown}]" if ":" in shown else shown
+    login = f"-u {options.username}:PASSWORD " if options.username else ""
+    secure = "--ssl-reqd -k " if options.tls else ""
+    print(
+        f"Serving {directory} {'(writable)' if options.write else '(read-only)'} "
+        f"to {options.username or 'anonymous'} on {host} port {port}\n"
+        f"Connect:  curl {secure}{login}ftp://{url_host}:{port}/\n"
+        f"Stop:     Ctrl-C",
+        flush=True,
+    )
+
+
+def _install_signal_handlers(stop: Callable[[], None]) -> None:
+    """The first signal calls *stop* in a greenlet; the second ends the process as the signal would.
+
+    Plain Python handlers, not watchers on the hub: they also run when a handler blocks the hub.
+    """
+    hub = gevent.get_hub()
+    pid = os.getpid()
+    seen = False
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal seen
+        if seen or os.getpid() != pid:  # (a session's process inherits this handler)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        seen = True
+        hub.loop.run_callback_threadsafe(gevent.spawn, stop)
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+
+def _serve(server: Any) -> None:
+    _install_signal_handlers(server.close_all)
+    server.serve_forever()
+
+
+def _prefork(server: Any) -> None:
+    """Serve in one process for each core; returns in none of them.
+
+    The children hold the reading end of a pipe: they close when the parent is gone, however it went.
+    """
+    reader, writer = os.pipe()
+
+    def on_signal(number: int, frame: Any) -> NoReturn:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    parent = os.getpid()
+    try:
+        fork_processes(cpu_count())  # returns in the children only
+    finally:
+        if os.getpid() == parent:
+            os.close(writer)
+            _wait_for_children()
+    os.close(writer)
+    gevent.spawn(_close_after, reader, server)
+    _serve(server)
+
+
+def _close_after(reader: int, server: Any) -> None:
+    watcher = gevent.get_hub().loop.io(reader, 1)
+    try:
+        gevent.get_hub().wait(watcher)
+    finally:
+        watcher.close()
+    server.close_all()
+
+
+def _wait_for_children() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server; return the exit code. Wrong options exit with 2 (SystemExit), as argparse does."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    config_logging(
+        level=logging.DEBUG if options.debug else logging.INFO,
+        prefix=PREFIX_MPROC if options.concurrency in ("pre-fork", "multi-proc") else PREFIX,
+        other_loggers=[logging.getLogger("bridge")],
+    )
+    try:
+        directory = _directory(options)
+        handler = _handler_class(options, _authorizer(options, directory))
+        server = _server(options, handler)
+    except UsageError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    _announce(options, server, directory)
+    try:
+        if options.concurrency == "pre-fork":
+            _prefork(server)
+        else:
+            _serve(server)
+    finally:
+        server.close_all()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

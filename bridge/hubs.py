@@ -1,0 +1,116 @@
+"""Which hub: the thread's own, through threads that end and processes that fork.
+
+A leaf of the package. gevent keeps one hub for every native thread. bridge borrows it and never destroys
+one that was there before. Two cases need care:
+
+- **A hub that bridge brought to life in a native thread** (pyftpdlib's `ThreadedFTPServer` starts one
+  thread for each session) is destroyed when that thread ends. gevent leaves that to whoever first used
+  gevent in the thread; without it every such session leaks two file descriptors (measured; gevent 26.9).
+- **A forked child** inherits the parent's hub with the parent's watchers on it. Each guest drops its own;
+  `replace` gives the child a hub of its own when it was forked in the middle of a turn, where going on
+  with the inherited hub would resume the parent's greenlets in the child.
+
+A guest is an ioloop: it registers once, weakly, and is told when its hub is no longer to be used.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any, Protocol
+
+import gevent
+from gevent import get_hub, monkey
+
+# --- names of gevent outside its documented interface (tests/test_structure.py checks that they exist)
+from gevent._hub_local import get_hub_if_exists, set_hub  # isort: skip
+
+#: Thread-local for native threads also under `patch_all()`, where `threading.local` is per greenlet.
+_thread = monkey.get_original("_thread", "_local")()
+
+
+class Guest(Protocol):
+    """Somebody with watchers on a hub."""
+
+    def leave_hub(self, hub: Any) -> None:
+        """*hub* is about to be destroyed: release every watcher on it."""
+
+    def after_fork(self) -> None:
+        """This is a forked child now: release every watcher, they are the parent's."""
+
+
+#: Held by whoever touches watchers of a hub that is at rest from another thread, and while a hub ends.
+lock = monkey.get_original("_thread", "RLock")()
+
+_guests: weakref.WeakSet[Guest] = weakref.WeakSet()
+_watching_forks = False
+
+
+def welcome(guest: Guest) -> None:
+    """Tell *guest* of forks and of hubs that end, for as long as it is alive."""
+    global _watching_forks
+    _guests.add(guest)
+    if not _watching_forks:
+        _watching_forks = True
+        os.register_at_fork(after_in_child=_in_child)
+
+
+def current() -> Any:
+    """The hub of this thread. One made here for a native thread ends with the thread."""
+    hub = get_hub_if_exists()
+    if hub is None:
+        hub = get_hub()
+        if not hub.main_hub:
+            _thread.undertaker = _Undertaker(hub)
+    return hub
+
+
+def running(hub: Any) -> bool:
+    """Whether *hub* is what its thread runs at this moment; exact while the caller holds the GIL."""
+    return bool(hub) and hub.gr_frame is None
+
+
+def replace() -> None:
+    """Give this thread a fresh hub; the inherited one is left alone and never run again.
+
+    The fresh hub has an event loop of its own, which cannot be gevent's default loop: in such a child
+    gevent cannot watch child processes (`gevent.subprocess`).
+    """
+    inherited = get_hub()
+    set_hub(type(inherited)(default=False))
+
+
+def _in_child() -> None:
+    if get_hub_if_exists() is not None:
+        # Before any watcher is touched: the event loop's kernel side is still shared with the parent,
+        # and on libuv stopping a watcher here would stop it there. (Harmless when the patched
+        # os.fork() does it again.)
+        gevent.reinit()
+    for guest in list(_guests):
+        guest.after_fork()
+
+
+class _Undertaker:
+    """Lives in a thread's local storage, and takes the hub along when that is cleared."""
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = hub
+
+    def __del__(self) -> None:
+        with lock:
+            self._bury(self._hub)
+
+    @staticmethod
+    def _bury(hub: Any) -> None:
+        if hub.loop is None:  # somebody destroyed it already
+            return
+        for guest in list(_guests):
+            guest.leave_hub(hub)
+        if hasattr(hub.loop, "debug") and any(
+            handle.active and handle.ref and not handle.closing and handle.watcher not in (None, hub.loop)
+            for handle in hub.loop.debug()
+        ):
+            # libuv only: closing a loop that still has active handles never returns (gevent 26.9), so
+            # what user code left running in this thread keeps its hub, as it does in plain gevent.
+            return
+        hub.destroy(destroy_loop=True)

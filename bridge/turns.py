@@ -1,0 +1,234 @@
+"""Who may run now, and on which greenlet: sessions, turns and their workers.
+
+A leaf of the package: it knows greenlets and contexts, but no socket, no timer and no pyftpdlib. The
+ioloop hands it jobs from the hub; it runs each as one *turn* of one *session* on a *worker* greenlet.
+
+The rules, and why they hold:
+
+1. A session has one turn at a time. `Session.worker` names the worker that has it; only `Turns.run`
+   sets it, only when it is None, and only the worker's own end of turn clears it. Both happen without a
+   switch in between, so no other greenlet sees a half-made change.
+2. What becomes due for a busy session goes to its backlog (the ioloop asks `Session.worker` first). The
+   worker empties the backlog before it gives the session up, so nothing is lost and order holds.
+3. A job that never waits costs two switches: hub to worker, worker to hub. The worker that did not wait
+   is kept as the *spare* for the next turn: a new greenlet costs 10.9 us on CPython 3.11, a reused one
+   1.0 us, context included.
+4. A worker that has waited is not used again. While it waited, others could take hold of it: a
+   `gevent.Timeout` nobody closed, a `kill()` somebody scheduled. Those must not strike the next session.
+   (DESIGN.md kept these in the pool too; a turn that waits costs a trip through the hub and a timer
+   anyway, and one spare is enough for turns that do not.)
+5. An accept is the first turn of the session it creates: it runs in a fresh, *vacant* session, and the
+   control connection registered during that turn takes the session over. So `on_connect` already runs in
+   the session's context, and the client's commands wait until the accept's turn has ended: USER never
+   overtakes the banner. Any further channel made in that turn is held the same way.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+#: One unit of work: called with its argument on a worker greenlet; must not raise, except what is meant
+#: for the caller of `loop()` (KeyboardInterrupt, SystemExit, asyncore.ExitNow).
+Job = Callable[[Any], None]
+
+#: Where a control connection keeps its session. An attribute, not a table: the two then live and die
+#: together, also when user code makes the session's context point back at the handler.
+_ATTRIBUTE = "_bridge_session"
+
+
+class Session:
+    """A client's control connection with all its channels and timers: the unit that takes turns."""
+
+    __slots__ = ("backlog", "context", "turns", "vacant", "worker")
+
+    def __init__(self, turns: Turns, context: contextvars.Context, vacant: bool = False) -> None:
+        #: The `Turns` this session belongs to: a handler that moves to another ioloop gets a new session.
+        self.turns = turns
+        #: Every turn of this session runs in this context.
+        self.context = context
+        #: Made for an accept and not yet taken over by the control connection it creates.
+        self.vacant = vacant
+        #: The worker that has the turn; None while the session is idle.
+        self.worker: Worker | None = None
+        #: (control, job, argument) that became due during a turn, oldest first.
+        self.backlog: deque[tuple[Any, Job, Any]] | None = None
+
+    def defer(self, control: Any, job: Job, argument: Any) -> None:
+        """Keep a job of a busy session for the end of its turn."""
+        if self.backlog is None:
+            self.backlog = deque()
+        self.backlog.append((control, job, argument))
+
+
+class Worker(greenlet):
+    """A greenlet that runs turns; the hub is its parent."""
+
+    __slots__ = ("control", "held", "session", "turns", "waited")
+
+    def __init__(self, turns: Turns) -> None:
+        # Not a method: a suspended frame that refers to its own greenlet would keep it alive for ever.
+        super().__init__(_work, turns.hub)
+        self.turns = turns
+        #: Whose turn runs; None between turns.
+        self.session: Session | None = None
+        #: The control connection whose turn runs, if the turn belongs to one.
+        self.control: Any = None
+        #: In an accept's turn, once its session is taken: further sessions created, busy until it ends.
+        self.held: list[Session] | None = None
+        #: This worker's turn went back to the hub before its end.
+        self.waited = False
+
+    # --- runs in a worker greenlet: may wait
+
+    def finish(self, session: Session) -> None:
+        """Run what became due during the turn, for its session and for those it created."""
+        for each in (session, *(self.held or ())):
+            if each is not session:
+                self.session = each
+                self.gr_context = each.context
+            while each.backlog:
+                self.control, job, argument = each.backlog.popleft()
+                try:
+                    job(argument)
+                except BaseException as error:
+                    self.turns.on_escape(error)
+            if each is not session:
+                each.worker = None
+        self.held = None
+
+
+def _work(session: Session | None, control: Any, job: Job | None, argument: Any) -> None:
+    """A worker's life: turns, until one has waited. The arguments are those of its first switch."""
+    worker: Any = getcurrent()
+    turns: Turns = worker.turns
+    hub = turns.hub
+    hub_switch = greenlet.switch  # the hub's own switch() only adds a check for callbacks that block
+    while True:
+        assert session is not None
+        assert job is not None
+        worker.session = session
+        worker.control = control
+        try:
+            job(argument)
+        except BaseException as error:
+            turns.on_escape(error)
+        if session.backlog or worker.held is not None:
+            worker.finish(session)
+        session.worker = None
+        worker.session = worker.control = None
+        if worker.waited:
+            turns.ended(worker)
+            return
+        if turns.closed or turns.spare is not None:
+            return
+        turns.spare = worker
+        # An idle worker must keep neither the last session alive nor itself.
+        session = control = job = argument = worker = None
+        try:
+            session, control, job, argument = hub_switch(hub)
+        except GreenletExit:  # dropped with its ioloop (nothing of the worker is left to look at), or a
+            if turns.spare is getcurrent():  # late kill
+                turns.spare = None
+            return
+        worker = getcurrent()
+
+
+class Turns:
+    """The turns of all sessions of one ioloop on one hub.
+
+    *hub* is borrowed. *on_escape* is called in the worker with what a job raised. *on_quiet* is called
+    in the worker when the last waiting turn has ended.
+    """
+
+    __slots__ = ("closed", "hub", "on_escape", "on_quiet", "spare", "waiting")
+
+    def __init__(
+        self,
+        hub: Any,
+        on_escape: Callable[[BaseException], None],
+        on_quiet: Callable[[], None],
+    ) -> None:
+        self.hub = hub
+        self.on_escape = on_escape
+        self.on_quiet = on_quiet
+        #: The one idle worker kept for the next turn.
+        self.spare: Worker | None = None
+        #: Workers whose turn waits.
+        self.waiting: set[Worker] = set()
+        self.closed = False
+
+    # --- runs in the hub: must not block
+
+    def run(self, session: Session, control: Any, job: Job, argument: Any) -> None:
+        """Give an idle *session* its turn; return when the turn has ended or waits."""
+        worker = self.spare
+        if worker is None:
+            worker = Worker(self)
+        else:
+            self.spare = None
+        session.worker = worker
+        worker.gr_context = session.context
+        worker.switch(session, control, job, argument)
+        if worker.session is not None:
+            worker.waited = True
+            self.waiting.add(worker)
+
+    # --- runs in a worker greenlet: may wait
+
+    def ended(self, worker: Worker) -> None:
+        """A turn that had waited has ended."""
+        self.waiting.discard(worker)
+        if not self.waiting:
+            self.on_quiet()
+
+    # --- runs anywhere in the hub's thread
+
+    def session_of(self, control: Any) -> Session:
+        """The session of a control connection; made, taken over or held when seen for the first time."""
+        known: Session | None = getattr(control, _ATTRIBUTE, None)
+        if known is not None and known.turns is self:
+            return known
+        worker = getcurrent()
+        session: Session
+        if isinstance(worker, Worker) and worker.turns is self and worker.session is not None:
+            if worker.session.vacant:
+                session = worker.session
+                session.vacant = False
+                worker.control = control
+                worker.held = []
+            else:
+                session = Session(self, contextvars.copy_context())
+                if worker.held is not None:
+                    session.worker = worker
+                    worker.held.append(session)
+        elif known is not None:
+            session = Session(self, known.context.copy())
+        else:
+            session = Session(self, contextvars.copy_context())
+        try:
+            setattr(control, _ATTRIBUTE, session)
+        except AttributeError:  # an object with __slots__: each of its channels is a session of its own
+            pass
+        return session
+
+    def close(self) -> None:
+        """Let idle workers go and stop reusing others. Waiting turns are the caller's to kill."""
+        self.closed = True
+        # A greenlet nobody refers to is ended at once in its own thread; dropped in another thread, it
+        # is ended when its own next runs, or freed with it.
+        self.spare = None
+
+
+def current_session() -> Any:
+    """The handler (control connection) whose turn runs in this greenlet, or None outside of turns.
+
+    Meant for log filters and for code that is called from handlers, authorizers and file systems. A
+    greenlet spawned by a turn is outside; it inherits the session's `contextvars` as all greenlets do.
+    """
+    worker = getcurrent()
+    return worker.control if isinstance(worker, Worker) else None
