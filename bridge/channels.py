@@ -75,7 +75,10 @@ class Registration:
         self.control = getattr(channel, "cmd_channel", channel)
         #: None for a listener: each accept is a session of its own, made from `context`.
         self.session: Session | None = None
+        #: Of whoever registered the channel; needed by listeners, and until there is a session.
         self.context: contextvars.Context | None = None
+        if ioloop._hub is None or self._is_listener():
+            self.context = contextvars.copy_context()
         self.watcher: Any = None
         #: Events seen by the watcher, to be served in the running batch.
         self.ready = 0
@@ -83,14 +86,15 @@ class Registration:
         self.resting: Any = None
         self.delay = 0.0
 
+    def _is_listener(self) -> bool:
+        return self.control is self.channel and isinstance(self.channel, Acceptor)
+
     # --- runs in the hub's thread
 
     def attach(self, hub: Any, turns: Turns) -> None:
         """Make the watcher and start it. Raises OSError (EBADF) if the fd is not open."""
-        if isinstance(self.channel, Acceptor) and self.control is self.channel:
-            self.context = self.context or contextvars.copy_context()
-        else:
-            self.session = turns.session_of(self.control)
+        if not self._is_listener():
+            self.session = turns.session_of(self.control, self.context)
         try:
             self.watcher = hub.loop.io(self.fd, self.events)
         except ValueError as error:

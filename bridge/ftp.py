@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -62,7 +63,7 @@ def _port(value: str) -> int:
 
 
 def _port_range(value: str) -> list[int]:
-    first, dash, last = value.partition("-")
+    first, _, last = value.partition("-")
     try:
         start, stop = int(first), int(last)
     except ValueError:
@@ -101,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_PORT,
         help="port to listen on, 0 for any free one (default: %(default)s)",
     )
-    main.add_argument("-w", "--write", action="store_true", help="let users change files (default: read-only)")
+    main.add_argument(
+        "-w", "--write", action="store_true", help="let users change files (default: read-only)"
+    )
     main.add_argument(
         "-d",
         "--directory",
@@ -132,14 +135,16 @@ def _parser() -> argparse.ArgumentParser:
 
     tls = parser.add_argument_group("TLS options (need pyOpenSSL: pip install 'pyftpdlib-gevent[tls]')")
     tls.add_argument("--tls", action="store_true", help="offer FTPS (AUTH TLS); needs --certfile")
-    tls.add_argument("--keyfile", metavar="PATH", help="private key, PEM (default: in the certificate's file)")
+    tls.add_argument(
+        "--keyfile", metavar="PATH", help="private key, PEM (default: in the certificate's file)"
+    )
     tls.add_argument("--certfile", metavar="PATH", help="certificate chain, PEM")
     tls.add_argument(
-        "--tls-control-required", action="store_true", help="refuse to log in without TLS on the control connection"
+        "--tls-control-required",
+        action="store_true",
+        help="refuse to log in without TLS on the control connection",
     )
-    tls.add_argument(
-        "--tls-data-required", action="store_true", help="refuse data connections without TLS"
-    )
+    tls.add_argument("--tls-data-required", action="store_true", help="refuse data connections without TLS")
 
     other = parser.add_argument_group("other options")
     other.add_argument(
@@ -167,9 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     other.add_argument(
         "--use-localtime", action="store_true", help="list files with local times (default: GMT)"
     )
-    other.add_argument(
-        "--disable-sendfile", action="store_true", help="do not use sendfile(2) to send files"
-    )
+    other.add_argument("--disable-sendfile", action="store_true", help="do not use sendfile(2) to send files")
     other.add_argument(
         "--max-cons",
         type=_count,
@@ -198,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _directory(options: argparse.Namespace) -> str:
-    path = os.path.realpath(options.directory)
+    path: str = os.path.realpath(options.directory)
     if not os.path.isdir(path):
         raise UsageError(f"--directory: {options.directory!r} is not a directory")
     try:
@@ -220,20 +223,11 @@ def _authorizer(options: argparse.Namespace, directory: str) -> DummyAuthorizer:
     if options.username:
         authorizer.add_user(options.username, options.password, directory, perm=permissions)
     else:
-        # pyftpdlib warns that anonymous may write, which is what --write asked for.
-        with logging_captured_warnings():
+        with warnings.catch_warnings():
+            # that anonymous may write, which is what --write asked for
+            warnings.simplefilter("ignore", RuntimeWarning)
             authorizer.add_anonymous(directory, perm=permissions)
     return authorizer
-
-
-def logging_captured_warnings() -> Any:
-    """A context in which warnings are dropped."""
-    import warnings
-
-    context = warnings.catch_warnings()
-    context.__enter__()
-    warnings.simplefilter("ignore", RuntimeWarning)
-    return context
 
 
 def _handler_class(options: argparse.Namespace, authorizer: DummyAuthorizer) -> type[FTPHandler]:
@@ -305,16 +299,20 @@ def _server(options: argparse.Namespace, handler: type[FTPHandler]) -> Any:
     server_class = type("Server", (base,), limits)
     if options.tls:
         try:
-            handler.get_ssl_context()  # type: ignore[attr-defined]
+            handler.get_ssl_context()
         except Exception as error:
-            raise UsageError(f"--certfile or --keyfile: not a certificate with its key, PEM: {error}") from None
+            raise UsageError(
+                f"--certfile or --keyfile: not a certificate with its key, PEM: {error}"
+            ) from None
     try:
         return server_class((options.interface, options.port), handler, ioloop=GeventIOLoop())
     except OSError as error:
         where = f"{options.interface or 'all interfaces'}, port {options.port}"
         # pyftpdlib wraps the last error of several addresses in another OSError.
         reason = error.args[0] if error.args and isinstance(error.args[0], OSError) else error
-        raise UsageError(f"--interface/--port: cannot listen on {where}: {reason.strerror or reason}") from None
+        raise UsageError(
+            f"--interface/--port: cannot listen on {where}: {reason.strerror or reason}"
+        ) from None
 
 
 # --- running
@@ -364,7 +362,7 @@ def _serve(server: Any) -> None:
 
 
 def _prefork(server: Any) -> None:
-    """Serve in one process for each core; returns in none of them.
+    """Serve in one process for each core. Returns in the children; in the parent, SystemExit is raised.
 
     The children hold the reading end of a pipe: they close when the parent is gone, however it went.
     """

@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 _get_ident = monkey.get_original("_thread", "get_ident")
 _allocate_lock = monkey.get_original("_thread", "allocate_lock")
 
+
 class GeventIOLoop(_IOLoop):
     """pyftpdlib's IOLoop on the hub of the thread that runs it.
 
@@ -298,7 +299,8 @@ class GeventIOLoop(_IOLoop):
     def _run_call(self, call: Call) -> None:
         owner = call.owner
         if owner is None:
-            session = Session(self._turns, call.context or contextvars.copy_context())
+            assert call.context is not None
+            session = Session(self._turns, call.context)
             control = None
         else:
             control = getattr(owner, "cmd_channel", owner)

@@ -83,6 +83,13 @@ class Worker(greenlet):
         #: This worker's turn went back to the hub before its end.
         self.waited = False
 
+    def throw(self, *args: Any) -> Any:
+        """As `gevent.Greenlet.throw`: what comes for a worker that has ended is dropped.
+
+        A plain greenlet would raise it in the hub (a Timeout nobody closed, a kill that came too late).
+        """
+        return None if self.dead else super().throw(*args)
+
     # --- runs in a worker greenlet: may wait
 
     def finish(self, session: Session) -> None:
@@ -188,8 +195,11 @@ class Turns:
 
     # --- runs anywhere in the hub's thread
 
-    def session_of(self, control: Any) -> Session:
-        """The session of a control connection; made, taken over or held when seen for the first time."""
+    def session_of(self, control: Any, context: contextvars.Context | None = None) -> Session:
+        """The session of a control connection; made, taken over or held when seen for the first time.
+
+        One that is made runs in a copy of *context*, or of the caller's.
+        """
         known: Session | None = getattr(control, _ATTRIBUTE, None)
         if known is not None and known.turns is self:
             return known
@@ -209,7 +219,7 @@ class Turns:
         elif known is not None:
             session = Session(self, known.context.copy())
         else:
-            session = Session(self, contextvars.copy_context())
+            session = Session(self, contextvars.copy_context() if context is None else context.copy())
         try:
             setattr(control, _ATTRIBUTE, session)
         except AttributeError:  # an object with __slots__: each of its channels is a session of its own

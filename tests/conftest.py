@@ -1,0 +1,190 @@
+"""What holds for every test: nothing is left behind, the hub is not blocked, a hang shows itself.
+
+BRIDGE_TEST_PATCHED=1 runs the whole suite under `patch_all()`.
+"""
+
+from __future__ import annotations
+
+import os
+
+if os.environ.get("BRIDGE_TEST_PATCHED"):
+    from gevent import monkey
+
+    monkey.patch_all()
+
+import contextlib
+import faulthandler
+import gc
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import gevent
+import greenlet
+import psutil
+import pytest
+from gevent import monkey
+from gevent.util import format_run_info
+from pyftpdlib.ioloop import IOLoop
+
+from bridge import GeventIOLoop
+from bridge.turns import Worker
+
+#: Seconds one turn may run without giving control back; a stall that a client would notice. Wide, since
+#: tests share two cores with the clients they start.
+STALL = 0.5
+
+#: Seconds after which a test counts as hanging.
+HANG = 120.0
+
+_start_native_thread = monkey.get_original("_thread", "start_new_thread")
+_native_lock = monkey.get_original("_thread", "allocate_lock")
+_this = psutil.Process()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "blocks_hub: this test blocks the hub on purpose")
+    # What the process opens once, at the first hub of the main thread and of another one.
+    gevent.sleep(0.001)
+    gevent.get_hub().threadpool.apply(gevent.sleep, (0.001,))
+    gevent.sleep(0.001)
+
+
+def pytest_report_header() -> str:
+    loop = gevent.get_hub().loop
+    patched = "patched" if monkey.is_module_patched("socket") else "unpatched"
+    return f"gevent {gevent.__version__} on {type(loop).__module__} ({loop.backend}), {patched}"
+
+
+# --- nothing is left behind
+
+
+def _greenlets() -> int:
+    return sum(1 for each in gc.get_objects() if isinstance(each, (Worker, gevent.Greenlet)) and each)
+
+
+def _resources() -> dict[str, Any]:
+    hub = gevent.get_hub()
+    left = {
+        "descriptors": _this.num_fds(),
+        "native threads": _this.num_threads() - hub.threadpool.size,
+        "child processes": len(_this.children(recursive=True)),
+        "greenlets": _greenlets(),
+        "channels on pyftpdlib's default loop": len(IOLoop.instance().socket_map),
+        "calls on pyftpdlib's default loop": len(IOLoop.instance().sched._tasks),
+    }
+    with contextlib.suppress(AttributeError):  # libuv does not count
+        left["active watchers"] = hub.loop.activecnt
+    return left
+
+
+def _settle() -> None:
+    """Let the hub finish what was left to its next pass (gevent closes some descriptors there)."""
+    gevent.sleep(0)
+    gevent.sleep(0.001)
+    gevent.idle()
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    IOLoop.instance()
+    _settle()
+    before = _resources()
+    yield
+    _settle()
+    after = _resources()
+    if after != before:
+        gc.collect()  # a cycle that only the collector frees is worth knowing, but is no leak
+        _settle()
+        after = _resources()
+    grown = {name: (before[name], count) for name, count in after.items() if count > before[name]}
+    if grown:
+        details = [repr(each) for each in gc.get_objects() if isinstance(each, (Worker, GeventIOLoop))]
+        files = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if _is_open(n)]
+        pytest.fail(f"left behind (before, after): {grown}\n{details}\n{files}", pytrace=False)
+
+
+def _is_open(number: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{number}")
+
+
+# --- the hub is not blocked
+
+
+@pytest.fixture(autouse=True)
+def _no_stall(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("blocks_hub"):
+        yield
+        return
+    longest = 0.0
+    entered = 0.0
+
+    def trace(event: str, args: tuple[Any, Any]) -> None:
+        nonlocal longest, entered
+        origin, target = args
+        now = time.perf_counter()
+        if type(origin) is Worker and entered:
+            longest = max(longest, now - entered)
+        entered = now if type(target) is Worker else 0.0
+
+    previous = greenlet.settrace(trace)
+    try:
+        yield
+    finally:
+        greenlet.settrace(previous)
+    if longest > STALL:
+        pytest.fail(f"a turn blocked the hub for {longest:.3f} s", pytrace=False)
+
+
+# --- a hang shows itself
+
+
+class _Watchdog:
+    """A native thread that prints every stack and ends the process when a test hangs."""
+
+    def __init__(self) -> None:
+        self._stop = _native_lock()
+        self._stop.acquire()
+        self._test: tuple[str, float] | None = None
+        _start_native_thread(self._run, ())
+
+    def test(self, name: str | None) -> None:
+        self._test = (name, time.monotonic()) if name else None
+
+    def stop(self) -> None:
+        self._stop.release()
+
+    def _run(self) -> None:
+        while not self._stop.acquire(timeout=1.0):
+            test = self._test
+            if test is not None and time.monotonic() - test[1] > HANG:
+                print(f"\n{test[0]} hangs\n", *format_run_info(), sep="\n", file=sys.__stderr__)
+                faulthandler.dump_traceback(file=sys.__stderr__)
+                os._exit(70)
+
+
+@pytest.fixture(scope="session")
+def _watchdog() -> Iterator[_Watchdog]:
+    watchdog = _Watchdog()
+    yield watchdog
+    watchdog.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_hang(_watchdog: _Watchdog, request: pytest.FixtureRequest) -> Iterator[None]:
+    _watchdog.test(request.node.nodeid)
+    yield
+    _watchdog.test(None)
+
+
+# --- pyftpdlib's handlers are classes with state
+
+
+@pytest.fixture(autouse=True)
+def _quiet_pyftpdlib() -> Iterator[None]:
+    """pyftpdlib's loop configures logging at its first run if nobody has; pytest has."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "write permissions assigned to anonymous user", RuntimeWarning)
+        yield

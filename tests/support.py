@@ -1,0 +1,144 @@
+"""Servers and clients for the tests: real sockets, port 0.
+
+Two ways to serve: `serving` runs a server on the test's own hub, for cooperative clients (`Client`);
+`serving_in_thread` runs it in a thread of its own, for clients that block (ftplib).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import gevent
+import gevent.socket
+from pyftpdlib.authorizers import DummyAuthorizer
+from pyftpdlib.handlers import FTPHandler
+from pyftpdlib.servers import FTPServer
+
+from bridge import GeventIOLoop
+
+#: Seconds a client waits for a reply before the test fails.
+PATIENCE = 20.0
+
+
+def users(home: Any, authorizer: DummyAuthorizer | None = None, *names: str) -> DummyAuthorizer:
+    """An authorizer with the users `u` and *names*, password `p`, who may do everything in *home*."""
+    authorizer = authorizer or DummyAuthorizer()
+    for name in ("u", *names):
+        authorizer.add_user(name, "p", str(home), perm="elradfmwMT")
+    return authorizer
+
+
+def handler_class(authorizer: DummyAuthorizer, base: Any = FTPHandler, **attributes: Any) -> Any:
+    """A handler class for one test, so that pyftpdlib's own classes stay as they are."""
+    attributes.setdefault("auth_failed_timeout", 0.01)
+    return type("Handler", (base,), {"authorizer": authorizer, **attributes})
+
+
+@contextlib.contextmanager
+def serving(handler: Any, ioloop: GeventIOLoop | None = None, **attributes: Any) -> Iterator[Any]:
+    """A server on this hub. `server.runner` is the greenlet that runs serve_forever."""
+    server_class = type("Server", (FTPServer,), attributes)
+    server = server_class(("127.0.0.1", 0), handler, ioloop=ioloop or GeventIOLoop())
+    server.runner = gevent.spawn(server.serve_forever, handle_exit=False)
+    gevent.sleep(0)
+    try:
+        yield server
+    finally:
+        server.close_all()
+        server.runner.join(PATIENCE)
+        assert server.runner.dead
+
+
+@contextlib.contextmanager
+def serving_in_thread(
+    handler: Any, ioloop_class: Any, host: str = "127.0.0.1", server_class: Any = FTPServer
+) -> Iterator[Any]:
+    """A server in a thread, on any of pyftpdlib's loops and ours, with pyftpdlib's own way to poll."""
+    server = server_class((host, 0), handler, ioloop=ioloop_class())
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            server.serve_forever(timeout=0.005, blocking=False)
+        server.close_all()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield server
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+class Client:
+    """A cooperative FTP client that shows every reply and can pipeline."""
+
+    def __init__(self, server: Any, login: bool | str = True) -> None:
+        self.sock = gevent.socket.create_connection(server.address[:2], PATIENCE)
+        self.file = self.sock.makefile("rb")
+        if login:
+            assert self.reply().startswith("220")
+            name = login if isinstance(login, str) else "u"
+            self.command(f"USER {name}", "331")
+            self.command("PASS p", "230")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.file.close()
+        self.sock.close()
+
+    def send(self, *lines: str) -> None:
+        self.sock.sendall("".join(f"{line}\r\n" for line in lines).encode())
+
+    def reply(self) -> str:
+        """The next reply, its last line; '' at the end of the connection."""
+        while True:
+            line: str = self.file.readline().decode().rstrip("\r\n")
+            if not line or (line[:3].isdigit() and line[3:4] == " "):
+                return line
+
+    def command(self, line: str, code: str) -> str:
+        self.send(line)
+        reply = self.reply()
+        assert reply.startswith(code), (line, reply)
+        return reply
+
+    def data(self) -> Any:
+        """A data connection in extended passive mode."""
+        reply = self.command("EPSV", "229")
+        port = int(reply.split("|")[3])
+        return gevent.socket.create_connection((self.sock.getpeername()[0], port), PATIENCE)
+
+    def store(self, name: str, content: bytes) -> str:
+        with self.data() as data:
+            self.command(f"STOR {name}", "1")
+            data.sendall(content)
+        return self.reply()
+
+    def retrieve(self, name: str) -> bytes:
+        content = b""
+        with self.data() as data:
+            self.command(f"RETR {name}", "1")
+            while chunk := data.recv(65536):
+                content += chunk
+        assert self.reply().startswith("226")
+        return content
+
+    def ended(self) -> bool:
+        """Whether the server has closed the connection (reads what is left)."""
+        try:
+            while self.file.readline():
+                pass
+        except ConnectionResetError:
+            pass
+        return True
