@@ -31,6 +31,7 @@ from collections.abc import Callable
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import error as GreenletError
 
 #: One unit of work: called with its argument on a worker greenlet; must not raise, except what is meant
 #: for the caller of `loop()` (KeyboardInterrupt, SystemExit, asyncore.ExitNow).
@@ -227,11 +228,15 @@ class Turns:
         return session
 
     def close(self) -> None:
-        """Let idle workers go and stop reusing others. Waiting turns are the caller's to kill."""
+        """End the idle worker and use no other again. Waiting turns are the caller's to kill."""
         self.closed = True
-        # A greenlet nobody refers to is ended at once in its own thread; dropped in another thread, it
-        # is ended when its own next runs, or freed with it.
-        self.spare = None
+        spare, self.spare = self.spare, None
+        if spare is not None:
+            try:
+                spare.parent = getcurrent()  # where it ends, instead of in the hub
+                spare.throw()
+            except (GreenletError, ValueError):
+                pass  # in another thread: it ends when that one next runs, or is freed with it
 
 
 def current_session() -> Any:

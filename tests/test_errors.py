@@ -1,0 +1,266 @@
+"""Killed turns, timeouts, exits, bugs in handlers, and descriptors that run out."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import socket
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+from fakes import Gate, RecordingHandler, WaitingFS
+from pyftpdlib.ioloop import AsyncChat
+from pyftpdlib.servers import FTPServer
+from support import Client, handler_class, serving, users
+
+from bridge import GeventIOLoop, channels
+
+
+class Opened:
+    """Remembers the files a file system opens."""
+
+    def __init__(self) -> None:
+        self.files: list[Any] = []
+
+    def filesystem(self, base: Any = WaitingFS, **attributes: Any) -> Any:
+        opened = self
+
+        class FS(base):  # type: ignore[misc]
+            def open(self, filename: str, mode: str) -> Any:
+                file = super().open(filename, mode)
+                opened.files.append(file)
+                return file
+
+        for name, value in attributes.items():
+            setattr(FS, name, value)
+        return FS
+
+
+def waiting_handler(home: Path, wait: Any, **attributes: Any) -> Any:
+    """A handler whose STAT waits by calling *wait*."""
+
+    class Handler(RecordingHandler):
+        events: list[tuple[Any, ...]] = []
+        turns: list[Any] = []
+
+        def ftp_STAT(self, line: str) -> None:
+            self.turns.append(gevent.getcurrent())
+            wait()
+            super().ftp_STAT(line)
+
+    return handler_class(users(home), Handler, **attributes)
+
+
+def test_killing_a_waiting_turn_ends_its_session_with_421(tmp_path: Path) -> None:
+    gate = Gate()
+    opened = Opened()
+    handler = waiting_handler(tmp_path, gate.wait, abstracted_fs=opened.filesystem(gate=gate))
+    with serving(handler) as server, Client(server) as client, Client(server) as other:
+        with client.data() as data:
+            client.command("STOR a", "1")
+            data.sendall(b"half a file")
+            client.send("STAT")
+            gate.arrived()
+            gevent.kill(handler.turns[0])
+            assert client.reply().startswith("421")
+            assert client.ended()
+        other.command("NOOP", "200")
+    (file,) = opened.files
+    assert file.closed
+    assert ("incomplete", str(tmp_path / "a")) in handler.events
+    assert handler.turns[0].dead
+
+
+def test_a_turn_killed_while_it_opens_a_file_leaves_nothing_open(tmp_path: Path) -> None:
+    gate = Gate()
+    workers = []
+
+    class FS(WaitingFS):
+        def open(self, filename: str, mode: str) -> Any:
+            workers.append(gevent.getcurrent())
+            return super().open(filename, mode)
+
+    FS.gate = gate
+    handler = handler_class(users(tmp_path), abstracted_fs=FS)
+    with serving(handler) as server, Client(server) as client:
+        client.send("STOR slow")
+        gate.arrived()
+        gevent.kill(workers[0])
+        assert client.reply().startswith("421")
+        assert client.ended()
+
+
+def test_killing_a_waiting_on_connect_ends_that_client_only(tmp_path: Path) -> None:
+    gate = Gate()
+    workers = []
+
+    class Handler(RecordingHandler):
+        events: list[tuple[Any, ...]] = []
+
+        def on_connect(self) -> None:
+            if not workers:
+                workers.append(gevent.getcurrent())
+                gate.wait()
+
+    with serving(handler_class(users(tmp_path), Handler)) as server, Client(server, login=False) as client:
+        gate.arrived()
+        gevent.kill(workers[0])
+        assert client.reply().startswith("421")
+        assert client.ended()
+        with Client(server) as other:
+            other.command("NOOP", "200")
+
+
+def test_an_uncaught_timeout_ends_its_session_with_421_and_a_log_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wait() -> None:
+        with gevent.Timeout(0.01):
+            gevent.sleep(10)
+
+    handler = waiting_handler(tmp_path, wait)
+    with serving(handler) as server, Client(server) as client:
+        client.send("STAT")
+        assert client.reply().startswith("421")
+        assert client.ended()
+    (record,) = [each for each in caplog.records if each.levelno == logging.WARNING]
+    assert "Timeout" in record.getMessage()
+    assert record.exc_info
+
+
+def test_an_uncaught_timeout_in_a_timer_ends_its_session(tmp_path: Path) -> None:
+    class Handler(RecordingHandler):
+        events: list[tuple[Any, ...]] = []
+
+        def on_login(self, username: str) -> None:
+            self.ioloop.call_later(0.001, self.wait)
+
+        def wait(self) -> None:
+            with gevent.Timeout(0.01):
+                gevent.sleep(10)
+
+    with serving(handler_class(users(tmp_path), Handler)) as server, Client(server) as client:
+        assert client.reply().startswith("421")
+        assert client.ended()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("how", ["loop", "poll"])
+def test_an_exit_raised_in_a_turn_reaches_the_caller(tmp_path: Path, error: Any, how: str) -> None:
+    def leave() -> None:
+        raise error
+
+    def talk() -> None:
+        with Client(server) as client:
+            client.send("STAT")
+            client.ended()
+
+    server = FTPServer(("127.0.0.1", 0), waiting_handler(tmp_path, leave), ioloop=GeventIOLoop())
+    talker = gevent.spawn(talk)
+    try:
+        with pytest.raises(error):
+            if how == "loop":
+                server.ioloop.loop()
+            else:
+                while True:
+                    server.ioloop.poll()
+    finally:
+        server.close_all()
+    talker.join(20)
+    assert talker.successful()
+
+
+def test_killing_the_greenlet_that_serves_stops_the_server(tmp_path: Path) -> None:
+    with serving(handler_class(users(tmp_path))) as server, Client(server) as client:
+        address = server.address
+        server.runner.kill()
+        assert client.ended()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+
+
+def test_a_bug_in_a_handler_ends_its_session_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    handler = waiting_handler(tmp_path, lambda: 1 / 0)
+    with serving(handler) as server, Client(server) as client, Client(server) as other:
+        client.send("STAT")
+        assert client.ended()
+        other.command("NOOP", "200")
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_bug_in_handle_error_ends_its_session_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On pyftpdlib's own loop this ends the server."""
+
+    def fail(self: Any) -> None:
+        raise RuntimeError("even this")
+
+    handler = waiting_handler(tmp_path, lambda: 1 / 0, handle_error=fail)
+    with serving(handler) as server, Client(server) as client, Client(server) as other:
+        client.send("STAT")
+        assert client.ended()
+        other.command("NOOP", "200")
+    assert "even this" in caplog.text
+
+
+def test_a_listener_survives_the_lack_of_descriptors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """pyftpdlib closes the listener at the first EMFILE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving(handler_class(users(tmp_path))) as server, Client(server) as client:
+        waiting = socket.socket()
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+        fillers = []
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    fillers.append(os.open(os.devnull, os.O_RDONLY))
+            waiting.setblocking(False)
+            assert waiting.connect_ex(server.address) in (0, errno.EINPROGRESS)
+            (registration,) = (
+                each for each in server.ioloop._registrations.values() if each.channel is server
+            )
+            with gevent.Timeout(10):
+                while registration.delay < 4 * channels.MIN_DELAY:
+                    gevent.sleep(0.001)
+            client.command("NOOP", "200")
+        finally:
+            for each in fillers:
+                os.close(each)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with gevent.Timeout(10):
+            while registration.delay:
+                gevent.sleep(0.001)
+        waiting.close()
+        with Client(server) as late:
+            late.command("NOOP", "200")
+    lines = [each.getMessage() for each in caplog.records if each.name == "bridge.channels"]
+    assert len(lines) == 2, lines  # once per episode, and its end
+    assert "RLIMIT_NOFILE" in lines[0]
+
+
+def test_a_channel_that_cannot_use_its_events_does_not_spin() -> None:
+    asked = []
+
+    class Deaf(AsyncChat):
+        def readable(self) -> bool:
+            asked.append(True)
+            return False
+
+    ours, theirs = socket.socketpair()
+    with theirs, GeventIOLoop() as ioloop:
+        Deaf(ours, ioloop=ioloop)
+        theirs.send(b"x")
+        runner = gevent.spawn(ioloop.loop)
+        gevent.sleep(0.2)
+        # 0.01 + 0.02 + 0.04 + 0.08 s of rest: five times at most, not thousands
+        assert 2 <= len(asked) <= 6
+        ioloop.close()
+        runner.join(20)
