@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import gevent
@@ -88,6 +90,44 @@ def _in_child() -> None:
         gevent.reinit()
     for guest in list(_guests):
         guest.after_fork()
+
+
+class Mailbox:
+    """Calls for a hub's thread from other threads, each made exactly once.
+
+    A watcher of its own, since `hub.loop.run_callback_threadsafe` touches libuv's queues in the calling
+    thread (gevent 26.9, `_ffi/loop.py`: "XXX: This may not be threadsafe") and a hub that is never run
+    again would never make the call.
+    """
+
+    def __init__(self, hub: Any) -> None:
+        self._calls: deque[Callable[[], None]] = deque()
+        self._bell = hub.loop.async_(ref=False)
+        self._bell.start(self._on_bell)
+
+    def post(self, call: Callable[[], None]) -> bool:
+        """Have *call* called in the hub, whatever happens; False if the mailbox is closed. Any thread."""
+        with lock:
+            if self._bell is None:
+                return False
+            self._calls.append(call)
+            self._bell.send()
+            return True
+
+    def close(self) -> None:
+        """Release the watcher and make the calls that are left."""
+        with lock:
+            bell, self._bell = self._bell, None
+            if bell is not None:
+                bell.stop()
+                bell.close()
+        self._on_bell()
+
+    # --- runs in the hub: must not block
+
+    def _on_bell(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
 
 
 class _Undertaker:

@@ -23,13 +23,15 @@ Why it is built this way:
 What is whose: the hub is borrowed. Channels belong to pyftpdlib; `close()` closes them, as upstream's
 does. Watchers, timers and workers are ours and end with `close()`.
 
-Threads: everything happens in the thread that last called `poll()` or `loop()`; only `close()`,
-`register()`, `modify()` and `unregister()` may come from another one.
+Threads: everything happens in the thread that last called `poll()` or `loop()`; only `close()` is meant
+for others. (`register()`, `modify()` and `unregister()` from another thread reach the watchers safely,
+but pyftpdlib's channels are not made for that: a listener is registered before it is bound.)
 """
 
 from __future__ import annotations
 
 import contextvars
+import errno
 import logging
 import sys
 import traceback
@@ -88,6 +90,7 @@ class GeventIOLoop(_IOLoop):
         self._away: weakref.WeakSet[Any] = weakref.WeakSet()
         self._hub: Any = None
         self._turns: Turns
+        self._mailbox: hubs.Mailbox
         self._libev = False
         self._ready: list[Registration] = []  # with events, in the order the hub reported them
         self._runners: list[Waiter] = []  # greenlets inside loop()
@@ -100,10 +103,10 @@ class GeventIOLoop(_IOLoop):
     def register(self, fd: Any, instance: Any, events: int) -> None:
         """Serve channel *instance* when *fd*, an int or an object with `fileno()`, is ready for *events*.
 
-        Raises OSError (EBADF) if the descriptor is not open, RuntimeError if this loop is closed.
+        Raises OSError (EBADF) if the descriptor is not open or this loop is closed.
         """
         if self._closed:
-            raise RuntimeError(f"{self!r} is closed; make a new GeventIOLoop for {instance!r}")
+            raise OSError(errno.EBADF, f"{self!r} is closed; make a new GeventIOLoop", str(fd))
         old = self._registrations.pop(fd, None)
         if old is not None:
             self._in_hub_thread(old.detach)
@@ -225,13 +228,12 @@ class GeventIOLoop(_IOLoop):
         if hub is None:
             self._close()
         elif _get_ident() != hub.thread_ident:
-            if self._hub_is_at_rest():
+            closed = _allocate_lock()
+            closed.acquire()
+            if self._hub_is_at_rest() or not self._mailbox.post(lambda: self._on_close(closed.release)):
                 with hubs.lock:
                     self._close()
             else:
-                closed = _allocate_lock()
-                closed.acquire()
-                hub.loop.run_callback_threadsafe(self._on_close, closed.release)
                 closed.acquire()
         elif getcurrent() is hub:
             hub.loop.run_callback(self._on_close, _nothing)
@@ -247,8 +249,9 @@ class GeventIOLoop(_IOLoop):
         if hub is not None:
             self._turns.close()  # no worker is used again
             self._kill_waiting_turns(hub)
+        away = list(self._away)
         super().close()  # every channel, then every call; logs what they raise
-        for channel in list(self._away):
+        for channel in away:
             # (ThreadedFTPServer takes handlers to a loop of their own.)
             if channel.ioloop is self and not channel._closed:
                 close_quietly(channel)
@@ -287,6 +290,9 @@ class GeventIOLoop(_IOLoop):
 
     def _on_close(self, when_done: Callable[[], None]) -> None:
         """Close on a worker, since the channels' callbacks may wait."""
+        if self._closed:
+            when_done()
+            return
 
         def job(_: object) -> None:
             try:
@@ -384,6 +390,7 @@ class GeventIOLoop(_IOLoop):
         self._hub = hub
         self._libev = "libev" in type(hub.loop).__module__
         self._turns = Turns(hub, self._escape, self._on_quiet)
+        self._mailbox = hubs.Mailbox(hub)
         for registration in list(self._registrations.values()):
             try:
                 registration.attach(hub, self._turns)
@@ -416,6 +423,7 @@ class GeventIOLoop(_IOLoop):
                 self._turns.close()
                 self._ready, self._runners, self._pollers = [], [], []
                 self._hub = None
+            self._mailbox.close()
 
     # --- runs in any thread
 
@@ -428,23 +436,23 @@ class GeventIOLoop(_IOLoop):
         hub = self._hub
         if hub is None or _get_ident() == hub.thread_ident:
             function(*args)
-        elif self._hub_is_at_rest():
+            return
+        done = _allocate_lock()
+        done.acquire()
+        raised: list[Exception] = []
+
+        def _on_hub() -> None:
+            try:
+                function(*args)
+            except Exception as error:
+                raised.append(error)
+            finally:
+                done.release()
+
+        if self._hub_is_at_rest() or not self._mailbox.post(_on_hub):
             with hubs.lock:
                 function(*args)
         else:
-            done = _allocate_lock()
-            done.acquire()
-            raised: list[Exception] = []
-
-            def _on_hub() -> None:
-                try:
-                    function(*args)
-                except Exception as error:
-                    raised.append(error)
-                finally:
-                    done.release()
-
-            hub.loop.run_callback_threadsafe(_on_hub)
             done.acquire()
             if raised:
                 raise raised[0]

@@ -110,15 +110,22 @@ class Worker(greenlet):
         self.held = None
 
 
-def _work(session: Session | None, control: Any, job: Job | None, argument: Any) -> None:
-    """A worker's life: turns, until one has waited. The arguments are those of its first switch."""
+def _work() -> None:
+    """A worker's life: turns, until one has waited. The first switch only brings it to its start."""
     worker: Any = getcurrent()
     turns: Turns = worker.turns
     hub = turns.hub
     hub_switch = greenlet.switch  # the hub's own switch() only adds a check for callbacks that block
     while True:
-        assert session is not None
-        assert job is not None
+        # An idle worker must keep neither the last session alive nor itself.
+        session = control = job = argument = worker = None
+        try:
+            session, control, job, argument = hub_switch(hub)
+        except GreenletExit:  # with its ioloop, or by a late kill
+            if turns.spare is getcurrent():
+                turns.spare = None
+            return
+        worker = getcurrent()
         worker.session = session
         worker.control = control
         try:
@@ -135,15 +142,6 @@ def _work(session: Session | None, control: Any, job: Job | None, argument: Any)
         if turns.closed or turns.spare is not None:
             return
         turns.spare = worker
-        # An idle worker must keep neither the last session alive nor itself.
-        session = control = job = argument = worker = None
-        try:
-            session, control, job, argument = hub_switch(hub)
-        except GreenletExit:  # dropped with its ioloop (nothing of the worker is left to look at), or a
-            if turns.spare is getcurrent():  # late kill
-                turns.spare = None
-            return
-        worker = getcurrent()
 
 
 class Turns:
@@ -177,6 +175,8 @@ class Turns:
         worker = self.spare
         if worker is None:
             worker = Worker(self)
+            # Not yet with the job: what a greenlet is started with, it keeps until its end.
+            worker.switch()
         else:
             self.spare = None
         session.worker = worker
