@@ -8,10 +8,25 @@ cooperatively, and one that waits stalls its own session only. `python -m bridge
 server. Importing bridge patches nothing, starts nothing and takes no hub.
 """
 
+from typing import TYPE_CHECKING
+
 from bridge.default import install, uninstall
 from bridge.ioloop import GeventIOLoop
 from bridge.turns import current_session
 
-__version__ = "0.1.0"
-
 __all__ = ["GeventIOLoop", "current_session", "install", "uninstall"]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """`__version__`: that of the installed distribution; the number itself stands in pyproject.toml."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("pyftpdlib-gevent")
+        except PackageNotFoundError:
+            return "unknown (not installed)"

@@ -1,0 +1,121 @@
+"""What the code stands on and how it hangs together."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import gevent
+import gevent._hub_local
+import pyftpdlib.ioloop
+import pytest
+from gevent.hub import Hub
+
+import bridge
+
+PACKAGE = Path(bridge.__file__).parent
+
+#: Who may import whom: arrows go down only, the leaves import nothing of ours.
+ARROWS = {
+    "__init__": {"default", "ioloop", "turns"},
+    "ftp": {"", "ioloop"},
+    "default": {"ioloop"},
+    "ioloop": {"hubs", "channels", "scheduler", "turns"},
+    "channels": {"turns"},
+    "hubs": set(),
+    "scheduler": set(),
+    "turns": set(),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of bridge that a file imports when it runs (not for type checking only)."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "bridge":
+            found |= {f"bridge.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return {name.partition(".")[2] for name in found if name.split(".")[0] == "bridge"}
+
+
+def test_arrows_go_down_only() -> None:
+    modules = {path.stem: imports(path) for path in PACKAGE.glob("*.py")}
+    assert modules == ARROWS
+
+
+def test_every_module_starts_with_its_job() -> None:
+    for path in PACKAGE.glob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path.name
+        assert len(path.read_text().splitlines()) <= 400 or "Over 400 lines:" in path.read_text(), path.name
+
+
+def test_importing_bridge_has_no_effects() -> None:
+    """No hub, no patching, no log handler, no changed pyftpdlib, no `bridge.ftp`, no fork hook."""
+    code = """
+import logging, os, sys
+hooks = []
+os.register_at_fork = lambda **kwargs: hooks.append(kwargs)
+import gevent.monkey, gevent._hub_local, pyftpdlib.ioloop
+own = pyftpdlib.ioloop.IOLoop
+import bridge
+assert gevent._hub_local.get_hub_if_exists() is None
+assert not gevent.monkey.saved
+assert pyftpdlib.ioloop.IOLoop is own
+assert not logging.getLogger("bridge").handlers and not logging.getLogger("bridge.ioloop").handlers
+assert "bridge.ftp" not in sys.modules
+assert not [kwargs for kwargs in hooks if "bridge" in repr(kwargs)]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (pyftpdlib.ioloop, "_IOLoop"),
+        (pyftpdlib.ioloop, "_Scheduler"),
+        (pyftpdlib.ioloop, "_CallLater"),
+        (pyftpdlib.ioloop, "_CallEvery"),
+        (pyftpdlib.ioloop, "asyncore"),
+        (pyftpdlib.ioloop, "timer"),
+        (pyftpdlib.ioloop._IOLoop, "_instance"),
+        (pyftpdlib.ioloop._IOLoop, "_started_once"),
+        (pyftpdlib.ioloop._Scheduler(), "_tasks"),
+        (pyftpdlib.ioloop._Scheduler(), "_cancellations"),
+        (pyftpdlib.ioloop._Scheduler, "reheapify"),
+        (pyftpdlib.ioloop.AsyncChat(ioloop=bridge.GeventIOLoop()), "_fileno"),
+        (pyftpdlib.ioloop.AsyncChat(ioloop=bridge.GeventIOLoop()), "_closed"),
+        (pyftpdlib.ioloop.AsyncChat(ioloop=bridge.GeventIOLoop()), "ioloop"),
+        (gevent._hub_local, "get_hub_if_exists"),
+        (gevent._hub_local, "set_hub"),
+        (gevent.get_hub(), "thread_ident"),
+        (gevent.get_hub(), "main_hub"),
+        (gevent.get_hub().loop, "approx_timer_resolution"),
+        (Hub, "handle_error"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__),
+)
+def test_the_names_we_stand_on_exist(owner: object, name: str) -> None:
+    assert hasattr(owner, name)
+
+
+def test_pyftpdlib_swallows_what_we_do_not() -> None:
+    """When asyncore's read() lets GreenletExit through, channels.py may use it again."""
+
+    class Channel:
+        error = None
+
+        def handle_read_event(self) -> None:
+            raise gevent.GreenletExit
+
+        def handle_error(self) -> None:
+            self.error = sys.exc_info()[0]
+
+    channel = Channel()
+    pyftpdlib.ioloop._read(channel)
+    assert channel.error is gevent.GreenletExit
