@@ -80,6 +80,7 @@ class Command:
     port: int
 
     def __init__(self, *options: str, directory: Path, program: Sequence[str] = ("-m", "bridge.ftp")) -> None:
+        self._known_children: list[psutil.Process] = []
         self._process = subprocess.Popen(
             [sys.executable, *program, "-p", "0", *options],
             cwd=directory,
@@ -114,9 +115,7 @@ class Command:
         self._end()
 
     def _end(self) -> None:
-        family: list[Any] = (
-            [*self.children(), self._process] if self._process.poll() is None else [self._process]
-        )
+        family: list[Any] = [*self._known_children, *self.children(), self._process]
         for process in family:
             try:
                 process.kill()
@@ -134,6 +133,8 @@ class Command:
 
     def children(self) -> list[psutil.Process]:
         """Its child processes and theirs."""
+        if self._process.poll() is not None:
+            return []
         try:
             return psutil.Process(self._process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -156,14 +157,19 @@ class Command:
     # --- its end
 
     def send(self, number: signal.Signals) -> None:
+        self._known_children += self.children()  # no longer found as such when it is dead
         self._process.send_signal(number)
+
+    def exit_code(self) -> int:
+        """Wait for the end of the process, but not of its children."""
+        try:
+            return self._process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            self._fail("did not end")
 
     def wait(self) -> tuple[int, str]:
         """Exit code and output, when the process and all who inherited its streams are gone."""
-        try:
-            code = self._process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            self._fail("did not end")
+        code = self.exit_code()
         for lines in (self._stdout, self._stderr):
             if not lines.join():
                 self._fail(f"ended with {code}, but a child of it did not")

@@ -161,7 +161,7 @@ class _Watchdog:
             test = self._test
             if test is not None and time.monotonic() - test[1] > HANG:
                 print(f"\n{test[0]} hangs\n", *format_run_info(), sep="\n", file=sys.__stderr__)
-                faulthandler.dump_traceback(file=sys.__stderr__)
+                faulthandler.dump_traceback(2)
                 os._exit(70)
 
 

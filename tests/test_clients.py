@@ -88,19 +88,21 @@ def assert_same_trees(left: Path, right: Path) -> None:
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Path:
+def shared(tmp_path: Path) -> Iterator[Path]:
     """The directory to serve."""
     path = tmp_path / "shared"
     path.mkdir()
-    return path
+    yield path
+    shutil.rmtree(path, ignore_errors=True)  # (the tree's fixture may have done it)
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> Path:
+def local(tmp_path: Path) -> Iterator[Path]:
     """The directory the client works in."""
     path = tmp_path / "local"
     path.mkdir()
-    return path
+    yield path
+    shutil.rmtree(path, ignore_errors=True)  # (the tree's fixture may have done it)
 
 
 # --- clients

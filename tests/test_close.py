@@ -170,7 +170,11 @@ def test_a_channel_that_fails_to_close_does_not_keep_the_others(
             super().close()
             raise RuntimeError("cannot close")
 
-    with serving(handler_class(users(tmp_path), Handler)) as server, Client(server) as one, Client(server) as two:
+    with (
+        serving(handler_class(users(tmp_path), Handler)) as server,
+        Client(server) as one,
+        Client(server) as two,
+    ):
         server.close_all()
         assert one.ended()
         assert two.ended()

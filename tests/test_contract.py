@@ -47,7 +47,9 @@ HOSTS = ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(
 
 
 @contextlib.contextmanager
-def connected(server: Any, client_class: Any = ftplib.FTP, passive: bool = True, **options: Any) -> Iterator[Any]:
+def connected(
+    server: Any, client_class: Any = ftplib.FTP, passive: bool = True, **options: Any
+) -> Iterator[Any]:
     client = client_class(timeout=PATIENCE, **options)
     try:
         client.connect(*server.address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -29,7 +30,7 @@ class Opened:
     def filesystem(self, base: Any = WaitingFS, **attributes: Any) -> Any:
         opened = self
 
-        class FS(base):  # type: ignore[misc]
+        class FS(base):
             def open(self, filename: str, mode: str) -> Any:
                 file = super().open(filename, mode)
                 opened.files.append(file)
@@ -77,7 +78,7 @@ def test_killing_a_waiting_turn_ends_its_session_with_421(tmp_path: Path) -> Non
 
 def test_a_turn_killed_while_it_opens_a_file_leaves_nothing_open(tmp_path: Path) -> None:
     gate = Gate()
-    workers = []
+    workers: list[Any] = []
 
     class FS(WaitingFS):
         def open(self, filename: str, mode: str) -> Any:
@@ -96,7 +97,7 @@ def test_a_turn_killed_while_it_opens_a_file_leaves_nothing_open(tmp_path: Path)
 
 def test_killing_a_waiting_on_connect_ends_that_client_only(tmp_path: Path) -> None:
     gate = Gate()
-    workers = []
+    workers: list[Any] = []
 
     class Handler(RecordingHandler):
         events: list[tuple[Any, ...]] = []
@@ -148,9 +149,14 @@ def test_an_uncaught_timeout_in_a_timer_ends_its_session(tmp_path: Path) -> None
         assert client.ended()
 
 
+def poll_for_ever(ioloop: GeventIOLoop) -> None:
+    while True:
+        ioloop.poll()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("how", ["loop", "poll"])
-def test_an_exit_raised_in_a_turn_reaches_the_caller(tmp_path: Path, error: Any, how: str) -> None:
+@pytest.mark.parametrize("run", [GeventIOLoop.loop, poll_for_ever])
+def test_an_exit_raised_in_a_turn_reaches_the_caller(tmp_path: Path, error: Any, run: Any) -> None:
     def leave() -> None:
         raise error
 
@@ -163,11 +169,7 @@ def test_an_exit_raised_in_a_turn_reaches_the_caller(tmp_path: Path, error: Any,
     talker = gevent.spawn(talk)
     try:
         with pytest.raises(error):
-            if how == "loop":
-                server.ioloop.loop()
-            else:
-                while True:
-                    server.ioloop.poll()
+            run(server.ioloop)
     finally:
         server.close_all()
     talker.join(20)
@@ -219,7 +221,7 @@ def test_a_listener_survives_the_lack_of_descriptors(
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
         fillers = []
         try:
-            with pytest.raises(OSError, match="Too many open files"):
+            with contextlib.suppress(OSError):  # EMFILE
                 while True:
                     fillers.append(os.open(os.devnull, os.O_RDONLY))
             waiting.setblocking(False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ftplib
+import io
 import os
 import signal
 import subprocess
@@ -106,14 +108,12 @@ class Program:
     def __exit__(self, *_: object) -> None:
         assert self.process.stdout is not None
         children = psutil.Process(self.process.pid).children(recursive=True)
-        for each in [*children, psutil.Process(self.process.pid)]:
-            try:
-                each.send_signal(signal.SIGINT)
-            except psutil.NoSuchProcess:
-                pass
-        _, alive = psutil.wait_procs(children, timeout=20)
-        for each in alive:
-            each.kill()
+        for process in [*children, psutil.Process(self.process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGINT)
+        _gone, alive = psutil.wait_procs(children, timeout=20)
+        for process in alive:
+            process.kill()
         try:
             self.process.wait(20)
         finally:
@@ -130,8 +130,6 @@ class Program:
 
 
 def transfer(client: ftplib.FTP, home: Path) -> None:
-    import io
-
     content = os.urandom(1000) * 1000
     client.storbinary("STOR a", io.BytesIO(content))
     assert (home / "a").read_bytes() == content

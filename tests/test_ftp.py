@@ -570,9 +570,11 @@ def test_a_signal_ends_it_with_0_and_all_its_processes(
 ) -> None:
     with Command("--concurrency", concurrency, directory=tmp_path) as server:
         children = ready(server, concurrency)
-        code, output = server.stop(number)
-        assert code == 0, output
+        server.send(number)
+        server.exit_code()
         assert alive(children) == []
+        code, output = server.wait()
+        assert code == 0, output
         assert "Traceback" not in output
 
 
@@ -586,9 +588,11 @@ def test_a_signal_ends_it_also_while_a_client_is_connected(
         with log_in(server) as client:
             children = server.children()
             assert len(children) == {"pre-fork": cpu_count(), "multi-proc": 1}.get(concurrency, 0)
-            code, output = server.stop(number)
-            assert code == 0, output
+            server.send(number)
+            server.exit_code()
             assert alive(children) == []
+            code, output = server.wait()
+            assert code == 0, output
             assert "Traceback" not in output
             with pytest.raises((EOFError, ConnectionError, ftplib.error_temp)):
                 client.pwd()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import socket
 import time
 import weakref
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import gevent
 import pytest
 from fakes import RecordingHandler
 from gevent.event import Event
+from pyftpdlib.ioloop import AsyncChat
 from support import Client, handler_class, serving, users
 
 from bridge import GeventIOLoop
@@ -34,7 +36,7 @@ def run(ioloop: GeventIOLoop, until: Event) -> None:
 
 
 def test_calls_come_on_time_and_in_order(ioloop: GeventIOLoop) -> None:
-    order: list[float] = []
+    order: list[tuple[float, float]] = []
     done = Event()
     started = time.monotonic()
     for delay in (0.05, 0.04, 0.03, 0.02, 0.01):
@@ -47,10 +49,6 @@ def test_calls_come_on_time_and_in_order(ioloop: GeventIOLoop) -> None:
 
 def test_a_call_made_before_loop_comes_without_any_other_event() -> None:
     """pyftpdlib's first poll(None) waits for an event and lets calls be late."""
-    import socket
-
-    from pyftpdlib.ioloop import AsyncChat
-
     ours, theirs = socket.socketpair()
     with theirs, GeventIOLoop() as ioloop:
         AsyncChat(ours, ioloop=ioloop)
@@ -231,7 +229,7 @@ def test_what_call_later_refuses() -> None:
         with pytest.raises(AssertionError):
             ioloop.call_later(-1, len)
         with pytest.raises(AssertionError):
-            ioloop.call_later(1, None)  # type: ignore[arg-type]
+            ioloop.call_later(1, None)
         call = ioloop.call_later(1, len, "")
         call.cancel()
         call.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from fakes import Gate, RecordingHandler, WaitingAuthorizer, WaitingFS
 from gevent.event import Event
 from gevent.pool import Group
+from pyftpdlib.ioloop import AsyncChat
 from support import Client, handler_class, serving, users
 
 import bridge
@@ -302,8 +304,6 @@ def test_a_timeout_that_one_turn_forgot_does_not_strike_another_session(tmp_path
 
 def test_a_channel_made_in_a_session_turn_runs_at_once(tmp_path: Path) -> None:
     """A handler's own client would deadlock if it were held until the turn ends."""
-    from pyftpdlib.ioloop import AsyncChat
-
     answered = Event()
 
     class Peer(AsyncChat):
@@ -316,8 +316,6 @@ def test_a_channel_made_in_a_session_turn_runs_at_once(tmp_path: Path) -> None:
         events: list[tuple[Any, ...]] = []
 
         def on_login(self, username: str) -> None:
-            import socket
-
             ours, theirs = socket.socketpair()
             Peer(ours, ioloop=self.ioloop)
             theirs.send(b"x")
@@ -330,7 +328,7 @@ def test_a_channel_made_in_a_session_turn_runs_at_once(tmp_path: Path) -> None:
 
 
 def test_timers_of_a_busy_session_wait_for_the_end_of_its_turn(tmp_path: Path) -> None:
-    order = []
+    order: list[str] = []
     gate = Gate()
 
     class Handler(RecordingHandler):
