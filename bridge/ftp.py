@@ -19,7 +19,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import gevent
 from pyftpdlib import servers
@@ -334,74 +334,71 @@ def _announce(options: argparse.Namespace, server: Any, directory: str) -> None:
     )
 
 
-def _install_signal_handlers(stop: Callable[[], None]) -> None:
-    """The first signal calls *stop* in a greenlet; the second ends the process as the signal would.
+def _on_signals(first: Callable[[], object]) -> None:
+    """SIGINT and SIGTERM call *first* once; the next one ends the process as the signal does by itself.
 
-    Plain Python handlers, not watchers on the hub: they also run when a handler blocks the hub.
+    Plain Python handlers, not watchers on the hub: they also run when a handler blocks the hub. *first*
+    must not raise: in the middle of a fork, Python drops exceptions.
     """
-    hub = gevent.get_hub()
     pid = os.getpid()
     seen = False
 
     def on_signal(number: int, frame: Any) -> None:
         nonlocal seen
-        if seen or os.getpid() != pid:  # (a session's process inherits this handler)
+        if not seen and os.getpid() == pid:
+            seen = True
+            first()
+        else:  # (a session's process inherits this handler)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-            return
-        seen = True
-        hub.loop.run_callback_threadsafe(gevent.spawn, stop)
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
 
-def _serve(server: Any) -> None:
-    _install_signal_handlers(server.close_all)
+def _serve(server: Any, announce: Callable[[], None]) -> None:
+    hub = gevent.get_hub()
+    _on_signals(lambda: hub.loop.run_callback_threadsafe(gevent.spawn, server.close_all))
+    announce()
     server.serve_forever()
 
 
-def _prefork(server: Any) -> None:
-    """Serve in one process for each core. Returns in the children; in the parent, SystemExit is raised.
+class _Pipe:
+    """The pre-fork parent's sign of life: its children hold the reading end and see it close."""
 
-    The children hold the reading end of a pipe: they close when the parent is gone, however it went.
-    """
-    reader, writer = os.pipe()
+    def __init__(self) -> None:
+        self.reader, self._writer = os.pipe()
 
-    def on_signal(number: int, frame: Any) -> NoReturn:
-        raise SystemExit(0)
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    parent = os.getpid()
-    try:
-        fork_processes(cpu_count())  # returns in the children only
-    finally:
-        if os.getpid() == parent:
+    def close(self) -> None:
+        """Close the writing end; more than once is no harm."""
+        writer, self._writer = self._writer, -1
+        if writer >= 0:
             os.close(writer)
-            _wait_for_children()
-    os.close(writer)
-    gevent.spawn(_close_after, reader, server)
-    _serve(server)
+
+
+def _prefork(server: Any, announce: Callable[[], None]) -> None:
+    """Serve in one child for each core; the parent waits for them in here and leaves by SystemExit.
+
+    A signal closes the parent's end of the pipe. Each child then closes its server, as it does when the
+    parent is gone for another reason, and the parent leaves when the last child has.
+    """
+    pipe = _Pipe()
+    _on_signals(pipe.close)
+    announce()
+    fork_processes(cpu_count())
+    pipe.close()
+    gevent.spawn(_close_after, pipe.reader, server)
+    _serve(server, lambda: None)
 
 
 def _close_after(reader: int, server: Any) -> None:
-    watcher = gevent.get_hub().loop.io(reader, 1)
+    hub = gevent.get_hub()
+    watcher = hub.loop.io(reader, 1)
     try:
-        gevent.get_hub().wait(watcher)
+        hub.wait(watcher)
     finally:
         watcher.close()
     server.close_all()
-
-
-def _wait_for_children() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    while True:
-        try:
-            os.wait()
-        except ChildProcessError:
-            return
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -419,12 +416,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         server = _server(options, handler)
     except UsageError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    _announce(options, server, directory)
+    serve = _prefork if options.concurrency == "pre-fork" else _serve
     try:
-        if options.concurrency == "pre-fork":
-            _prefork(server)
-        else:
-            _serve(server)
+        serve(server, lambda: _announce(options, server, directory))
     finally:
         server.close_all()
     return 0

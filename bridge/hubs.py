@@ -16,6 +16,7 @@ A guest is an ioloop: it registers once, weakly, and is told when its hub is no 
 from __future__ import annotations
 
 import os
+import signal
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -78,8 +79,24 @@ def replace() -> None:
     The fresh hub has an event loop of its own, which cannot be gevent's default loop: in such a child
     gevent cannot watch child processes (`gevent.subprocess`).
     """
-    inherited = get_hub()
-    set_hub(type(inherited)(default=False))
+    hub = type(get_hub())(default=False)
+    set_hub(hub)
+    # gevent lets Python's signal handlers run at once on the default loop only (libev/callbacks.c,
+    # gevent_check_signals); on this one a signal would wait for the next event.
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    if previous == -1:
+        hub.loop.io(reader, 1, ref=False).start(_on_python_signal, reader)
+    else:  # somebody in this program has an arrangement of his own
+        signal.set_wakeup_fd(previous)
+        os.close(reader)
+        os.close(writer)
+
+
+def _on_python_signal(reader: int) -> None:
+    os.read(reader, 4096)  # Python runs the handler before this line
 
 
 def _in_child() -> None:

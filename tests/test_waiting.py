@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import ftplib
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import gevent
+import gevent.socket
 import pytest
 from fakes import Gate, RecordingHandler, WaitingAuthorizer, WaitingFS
 from gevent.event import Event
 from gevent.pool import Group
-from pyftpdlib.ioloop import AsyncChat
-from support import Client, handler_class, serving, users
+from pyftpdlib.ioloop import Acceptor, AsyncChat
+from pyftpdlib.servers import ThreadedFTPServer
+from support import Client, handler_class, serving, serving_in_thread, users
 
 import bridge
+from bridge import GeventIOLoop
 
 
 def test_a_login_that_waits_leaves_other_sessions_alone(tmp_path: Path) -> None:
@@ -353,3 +358,91 @@ def test_timers_of_a_busy_session_wait_for_the_end_of_its_turn(tmp_path: Path) -
         assert client.reply().startswith("230")
         gevent.sleep(0.01)
     assert order == ["turn", "zero", "later"]
+
+
+def test_channels_are_served_in_the_order_they_became_ready() -> None:
+    """libev calls its watchers the other way round."""
+    order: list[int] = []
+
+    class Numbered(AsyncChat):
+        number = 0
+
+        def handle_read(self) -> None:
+            order.append(self.number)
+            self.recv(10)
+
+    with contextlib.ExitStack() as stack:
+        ioloop = stack.enter_context(GeventIOLoop())
+        ends = []
+        for number in range(5):
+            ours, theirs = socket.socketpair()
+            Numbered(ours, ioloop=ioloop).number = number
+            ends.append(stack.enter_context(theirs))
+        ioloop.poll(0.001)
+        for number in (3, 1, 4, 0, 2):
+            ends[number].send(b"x")
+        while len(order) < 5:
+            ioloop.poll(1.0)
+    assert order == [3, 1, 4, 0, 2]
+
+
+def test_everything_an_accept_creates_is_held_until_its_turn_ends() -> None:
+    gate = Gate()
+    heard: list[str] = []
+
+    class Hearing(AsyncChat):
+        name = ""
+
+        def handle_read(self) -> None:
+            heard.append(self.name)
+            self.recv(10)
+
+    class Listener(Acceptor):
+        def handle_accepted(self, sock: Any, address: Any) -> None:
+            Hearing(sock, ioloop=self.ioloop).name = "accepted"
+            ours, self.theirs = socket.socketpair()
+            Hearing(ours, ioloop=self.ioloop).name = "second"
+            self.theirs.send(b"x")
+            gate.wait()
+            heard.append("accept")
+
+    with GeventIOLoop() as ioloop:
+        listener = Listener(ioloop=ioloop)
+        listener.bind_af_unspecified(("127.0.0.1", 0))
+        listener.listen(5)
+        runner = gevent.spawn(ioloop.loop)
+        with gevent.socket.create_connection(listener.socket.getsockname()) as client:
+            client.sendall(b"x")
+            gate.arrived()
+            gevent.sleep(0.01)
+            assert heard == []
+            gate.open()
+            gevent.sleep(0.01)
+        assert heard[0] == "accept"
+        assert set(heard[1:]) == {"accepted", "second"}
+        listener.theirs.close()
+        ioloop.close()
+        runner.join(20)
+
+
+def test_the_last_on_disconnect_may_wait_in_a_threaded_server_too(tmp_path: Path) -> None:
+    """Its threads poll until they have no channel left; what still waits must not be cut off."""
+    done: list[bool] = []
+
+    class Handler(RecordingHandler):
+        events: list[tuple[Any, ...]] = []
+
+        def on_disconnect(self) -> None:
+            gevent.sleep(0.05)
+            done.append(True)
+
+    server_class = type("Threaded", (ThreadedFTPServer,), {"poll_timeout": 0.01})
+    handler = handler_class(users(tmp_path), Handler)
+    with serving_in_thread(handler, GeventIOLoop, server_class=server_class) as server:
+        client = ftplib.FTP(timeout=20)
+        client.connect(*server.address)
+        client.login("u", "p")
+        client.quit()
+        (task,) = server._active_tasks
+        task.join(20)
+    assert done == [True]
