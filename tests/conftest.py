@@ -45,7 +45,6 @@ _this = psutil.Process()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "blocks_hub: this test blocks the hub on purpose")
     # What the process opens once, at the first hub of the main thread and of another one.
     gevent.sleep(0.001)
     gevent.get_hub().threadpool.apply(gevent.sleep, (0.001,))

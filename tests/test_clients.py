@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from cli import LIMIT, Command, certificate, environment, run
 
+pytestmark = pytest.mark.program
+
 MB = 1 << 20
 #: More than what the kernel buffers on both sides of a loopback connection (below 10 MB by default), so
 #: that a transfer of it can be cut in the middle.

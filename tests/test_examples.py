@@ -25,6 +25,8 @@ import pytest
 
 import bridge
 
+pytestmark = pytest.mark.program
+
 ROOT = Path(bridge.__file__).parent.parent
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.program
+
 HERE = Path(__file__).parent
 
 HEAD = """

@@ -28,6 +28,8 @@ from pyftpdlib.prefork import cpu_count
 
 import bridge.ftp
 
+pytestmark = pytest.mark.program
+
 CONCURRENCY = ("async", "pre-fork", "multi-thread", "multi-proc")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
