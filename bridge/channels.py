@@ -142,7 +142,7 @@ class Registration:
         """Start the turn for what `_on_ready` has seen."""
         events, self.ready = self.ready, 0
         session = self.session
-        if self.watcher is None:  # unregistered since
+        if self.watcher is None or self.ioloop._closed:  # unregistered since, or about to be
             return
         if session is None:
             assert self.context is not None

@@ -276,7 +276,7 @@ class GeventIOLoop(_IOLoop):
     def _on_batch(self) -> None:
         """Serve the channels that became ready in one pass of the hub, in the order they did."""
         batch, self._ready = self._ready, []
-        if not self._libev:
+        if not self._libev:  # (which has reversed it already)
             batch.reverse()
         try:
             while batch:
