@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -154,8 +155,9 @@ class _Undertaker:
         self._hub = hub
 
     def __del__(self) -> None:
-        with lock:
-            self._bury(self._hub)
+        if not sys.is_finalizing():  # (a daemon thread outlives Python: nothing is left to bury with)
+            with lock:
+                self._bury(self._hub)
 
     @staticmethod
     def _bury(hub: Any) -> None:

@@ -37,12 +37,13 @@ assert bridge.GeventIOLoop().close() is None
 def run(*command: str, cwd: Path) -> str:
     """Run *command* with nothing of this process's Python around; return what it prints."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    print("+", *command[:4], flush=True)
+    shown = " ".join(word for word in command if "\n" not in word)
+    print("+", shown, flush=True)
     done = subprocess.run(
         command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=300
     )
     if done.returncode:
-        sys.exit(f"{done.stdout}\ncheck_build.py: exit code {done.returncode} of {' '.join(command[:4])}")
+        sys.exit(f"{done.stdout}\ncheck_build.py: exit code {done.returncode} of {shown}")
     return done.stdout
 
 

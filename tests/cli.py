@@ -22,7 +22,10 @@ from typing import IO, Any, NoReturn
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+import bridge
+
+#: Where the bridge under test lies: an installed wheel's, or the checkout's.
+ROOT = Path(bridge.__file__).parent.parent
 #: Seconds for anything one waits for. The slowest takes 5 on an idle machine with 2 cores.
 LIMIT = 30.0
 
@@ -197,7 +200,7 @@ class Command:
 
 
 def environment() -> dict[str, str]:
-    """Ours, with this checkout's bridge ahead of an installed one, and UTF-8 file names."""
+    """Ours, with the same bridge as in this process, and UTF-8 file names."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "LC_ALL": "C.UTF-8"}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import bridge
+
 pytestmark = pytest.mark.program
 
 HERE = Path(__file__).parent
@@ -47,10 +49,13 @@ print("served")
 @pytest.mark.parametrize("loop", ["libev-cext", "libev-cffi", "libuv"])
 @pytest.mark.parametrize("mode", ["unpatched", "early", "late"])
 def test_a_server_whose_handler_waits(mode: str, loop: str) -> None:
-    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(HERE), str(Path(bridge.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    )
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, mode],
         env={**os.environ, "GEVENT_LOOP": loop, "PYTHONPATH": path},
+        cwd=HERE,
         capture_output=True,
         text=True,
         timeout=60,
