@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import ftplib
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -427,14 +428,14 @@ def test_everything_an_accept_creates_is_held_until_its_turn_ends() -> None:
 
 def test_the_last_on_disconnect_may_wait_in_a_threaded_server_too(tmp_path: Path) -> None:
     """Its threads poll until they have no channel left; what still waits must not be cut off."""
-    done: list[bool] = []
+    done = threading.Event()
 
     class Handler(RecordingHandler):
         events: list[tuple[Any, ...]] = []
 
         def on_disconnect(self) -> None:
             gevent.sleep(0.05)
-            done.append(True)
+            done.set()
 
     server_class = type("Threaded", (ThreadedFTPServer,), {"poll_timeout": 0.01})
     handler = handler_class(users(tmp_path), Handler)
@@ -443,6 +444,4 @@ def test_the_last_on_disconnect_may_wait_in_a_threaded_server_too(tmp_path: Path
         client.connect(*server.address)
         client.login("u", "p")
         client.quit()
-        (task,) = server._active_tasks
-        task.join(20)
-    assert done == [True]
+        assert done.wait(20)
