@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cli
 import pyftpdlib.ioloop
 import pytest
 from gevent import monkey
@@ -115,7 +116,6 @@ def test_tls_transfers(loop_class: Any, tmp_path: Path, certificate: Path, passi
         users(tmp_path), TLS_FTPHandler, certfile=str(certificate), ssl_context=None, tls_data_required=True
     )
     context = ssl.create_default_context(cafile=str(certificate))
-    context.check_hostname = False
     with serving_in_thread(handler, loop_class) as server:
         with connected(server, ftplib.FTP_TLS, passive=passive, context=context) as client:
             transfer(client, tmp_path)
@@ -123,38 +123,8 @@ def test_tls_transfers(loop_class: Any, tmp_path: Path, certificate: Path, passi
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate with its key, PEM."""
     pytest.importorskip("OpenSSL", reason="FTPS needs pyOpenSSL")
-    import datetime
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    cert = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    path.write_bytes(
-        cert.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.TraditionalOpenSSL,
-            serialization.NoEncryption(),
-        )
-    )
-    return path
+    return cli.certificate(tmp_path_factory.mktemp("tls"))
 
 
 def test_abort_in_the_middle_of_an_upload(loop_class: Any, tmp_path: Path) -> None:
