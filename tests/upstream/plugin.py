@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from typing import Any
 
 MODE = os.environ["BRIDGE_UPSTREAM"]
@@ -83,6 +84,39 @@ def pytest_plugin_registered(plugin: object) -> None:
             # The patched os.close() leaves some closing to the hub's next pass.
             collect = plugin.collect_resources  # type: ignore[attr-defined]
             plugin.collect_resources = lambda: (gevent.sleep(0.001), collect())[1]  # type: ignore[attr-defined]
+
+
+# Upstream's TestCallbacks.test_on_incomplete_file_received sends ABOR and closes the data connection at
+# once: whichever the server sees first decides between 426 and 226. Upstream runs it again when it loses
+# that race (@retry_on_failure), but the replies left over then fail its tear-down: so it ends in 18 of 400
+# runs on pyftpdlib's own loop and in 25 to 31 of 400 on ours. For this test alone, in every mode, closing
+# the client reads them.
+RACE = "test_on_incomplete_file_received"
+
+
+def _close_client(session: Any) -> None:
+    try:
+        if session.sock is not None:
+            reply = session.quit()
+            while not reply.startswith("221"):
+                reply = session.getmultiline()
+    except Exception:
+        pass  # as upstream's does
+    finally:
+        session.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    if item.name != RACE:
+        return (yield)
+    # The class is defined in test_functional and inherited elsewhere: its globals are what it calls.
+    module: Any = sys.modules["tests.test_functional"]
+    upstream, module.close_client = module.close_client, _close_client
+    try:
+        return (yield)
+    finally:
+        module.close_client = upstream
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
