@@ -73,8 +73,8 @@ class GeventIOLoop(_IOLoop):
     while nobody is inside `poll()` or `loop()`, until `close()`.
 
     Handlers, authorizers, file systems and callbacks run on worker greenlets and may wait cooperatively;
-    only their own session stalls. Logger: `bridge.ioloop`; what pyftpdlib's loop logs stays on
-    `pyftpdlib`.
+    only their own session stalls. Loggers: `bridge.ioloop` and `bridge.channels`; what pyftpdlib's loop
+    logs stays on `pyftpdlib`.
     """
 
     READ = READ

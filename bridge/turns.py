@@ -5,9 +5,10 @@ ioloop hands it jobs from the hub; it runs each as one *turn* of one *session* o
 
 The rules, and why they hold:
 
-1. A session has one turn at a time. `Session.worker` names the worker that has it; only `Turns.run`
-   sets it, only when it is None, and only the worker's own end of turn clears it. Both happen without a
-   switch in between, so no other greenlet sees a half-made change.
+1. A session has one turn at a time. `Session.worker` names the worker that has it. `Turns.run` sets it,
+   only when it is None; `Turns.session_of` sets it for what an accept's turn creates (rule 5); only the
+   end of that worker's turn clears it. None of these switches in between, so no other greenlet sees a
+   half-made change.
 2. What becomes due for a busy session goes to its backlog (the ioloop asks `Session.worker` first). The
    worker empties the backlog before it gives the session up, so nothing is lost and order holds.
 3. A job that never waits costs two switches: hub to worker, worker to hub. The worker that did not wait

@@ -17,7 +17,6 @@ import faulthandler
 import gc
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,7 +86,7 @@ def _settle() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+def _no_leaks() -> Iterator[None]:
     IOLoop.instance()
     _settle()
     before = _resources()
@@ -113,10 +112,7 @@ def _is_open(number: str) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _no_stall(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.get_closest_marker("blocks_hub"):
-        yield
-        return
+def _no_stall() -> Iterator[None]:
     longest = 0.0
     entered = 0.0
 
@@ -176,14 +172,3 @@ def _no_hang(_watchdog: _Watchdog, request: pytest.FixtureRequest) -> Iterator[N
     _watchdog.test(request.node.nodeid)
     yield
     _watchdog.test(None)
-
-
-# --- pyftpdlib's handlers are classes with state
-
-
-@pytest.fixture(autouse=True)
-def _quiet_pyftpdlib() -> Iterator[None]:
-    """pyftpdlib's loop configures logging at its first run if nobody has; pytest has."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "write permissions assigned to anonymous user", RuntimeWarning)
-        yield

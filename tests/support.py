@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -73,6 +73,13 @@ def serving_in_thread(
         stop.set()
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Let the hub run until *condition* holds."""
+    with gevent.Timeout(PATIENCE):
+        while not condition():
+            gevent.sleep(0.001)
 
 
 class Client:

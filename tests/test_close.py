@@ -21,7 +21,7 @@ from gevent.pywsgi import WSGIServer
 from gevent.server import StreamServer
 from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import FTPServer
-from support import Client, handler_class, serving, users
+from support import Client, eventually, handler_class, serving, users
 
 from bridge import GeventIOLoop, hubs
 
@@ -155,9 +155,7 @@ def test_channels_that_left_the_loop_for_a_while_are_closed_too(tmp_path: Path) 
         client.reply()
         client.command("USER u", "331")
         client.send("PASS wrong")
-        with gevent.Timeout(20):
-            while len(server.ioloop.socket_map) > 1:
-                gevent.sleep(0.001)
+        eventually(lambda: len(server.ioloop.socket_map) == 1)
         server.close_all()
         assert client.ended()
 
@@ -206,12 +204,8 @@ def test_a_session_is_freed_when_its_client_goes(tmp_path: Path) -> None:
         for _ in range(10):
             with Client(server) as client:
                 client.store("a", b"1")
-        with gevent.Timeout(20):
-            while len(server.ioloop.socket_map) > 1:
-                gevent.sleep(0.001)
-        gevent.sleep(0.01)
-        gc.collect()
-        assert len(sessions) == 0
+        eventually(lambda: len(server.ioloop.socket_map) == 1)
+        eventually(lambda: gc.collect() >= 0 and not sessions)
 
 
 # --- the loop borrows the hub

@@ -16,7 +16,7 @@ import pytest
 from fakes import Gate, RecordingHandler, WaitingFS
 from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.servers import FTPServer
-from support import Client, handler_class, serving, users
+from support import Client, eventually, handler_class, serving, users
 
 from bridge import GeventIOLoop, channels
 
@@ -229,17 +229,13 @@ def test_a_listener_survives_the_lack_of_descriptors(
             (registration,) = (
                 each for each in server.ioloop._registrations.values() if each.channel is server
             )
-            with gevent.Timeout(10):
-                while registration.delay < 4 * channels.MIN_DELAY:
-                    gevent.sleep(0.001)
+            eventually(lambda: registration.delay >= 4 * channels.MIN_DELAY)
             client.command("NOOP", "200")
         finally:
             for each in fillers:
                 os.close(each)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        with gevent.Timeout(10):
-            while registration.delay:
-                gevent.sleep(0.001)
+        eventually(lambda: not registration.delay)
         waiting.close()
         with Client(server) as late:
             late.command("NOOP", "200")

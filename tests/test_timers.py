@@ -15,7 +15,7 @@ import pytest
 from fakes import RecordingHandler
 from gevent.event import Event
 from pyftpdlib.ioloop import AsyncChat
-from support import Client, handler_class, serving, users
+from support import Client, eventually, handler_class, serving, users
 
 from bridge import GeventIOLoop
 
@@ -120,12 +120,8 @@ def test_a_cancelled_call_keeps_neither_target_nor_owner(tmp_path: Path) -> None
     with serving(handler_class(users(tmp_path), Handler, timeout=300)) as server, Client(server) as stays:
         for _ in range(3):
             Client(server).close()
-        with gevent.Timeout(20):
-            while len(server.ioloop.socket_map) > 2:
-                gevent.sleep(0.001)
-        gevent.sleep(0.01)
-        gc.collect()
-        assert len(handlers) == 1
+        eventually(lambda: len(server.ioloop.socket_map) == 2)
+        eventually(lambda: gc.collect() >= 0 and len(handlers) == 1)
         stays.command("NOOP", "200")
 
 

@@ -19,7 +19,7 @@ from gevent.event import Event
 from gevent.pool import Group
 from pyftpdlib.ioloop import Acceptor, AsyncChat
 from pyftpdlib.servers import ThreadedFTPServer
-from support import Client, handler_class, serving, serving_in_thread, users
+from support import Client, eventually, handler_class, serving, serving_in_thread, users
 
 import bridge
 from bridge import GeventIOLoop
@@ -247,7 +247,7 @@ def test_turns_run_in_the_sessions_context_and_know_their_session(tmp_path: Path
                 client.store("a", b"1")
                 client.send("QUIT")
                 client.ended()
-                gevent.sleep(0.01)
+                eventually(lambda: seen[-1][0] == "disconnect")
             names = {what for what, request in seen if request == f"request {port}"}
             assert names == {"connect", "timer", "closure", "login", "received", "disconnect"}
     assert len(seen) == 12
@@ -418,7 +418,7 @@ def test_everything_an_accept_creates_is_held_until_its_turn_ends() -> None:
             gevent.sleep(0.01)
             assert heard == []
             gate.open()
-            gevent.sleep(0.01)
+            eventually(lambda: len(heard) == 3)
         assert heard[0] == "accept"
         assert set(heard[1:]) == {"accepted", "second"}
         listener.theirs.close()
