@@ -1,20 +1,42 @@
 """bridge: pyftpdlib's FTP server on gevent's hub.
 
-    from bridge import GeventIOLoop
-    FTPServer(address, handler, ioloop=GeventIOLoop()).serve_forever()
+    from bridge import GeventFTPServer
+    GeventFTPServer(address, handler).serve_forever()
 
 One loop for FTP and everything else in a gevent program, patched or not: handlers may wait
-cooperatively, and one that waits stalls its own session only. `python -m bridge.ftp` is a complete
-server. Importing bridge patches nothing, starts nothing and takes no hub.
+cooperatively, and one that waits stalls its own session only. `GeventIOLoop` alone does that for
+pyftpdlib's own servers; `python -m bridge.ftp` is a complete server. Importing bridge patches nothing,
+starts nothing and takes no hub.
 """
 
 from typing import TYPE_CHECKING
 
+from bridge.authorizers import OffloadedAuthorizer
 from bridge.default import install, uninstall
+from bridge.handlers import FTPHandler
+from bridge.hashing import HashMixin
 from bridge.ioloop import GeventIOLoop
+from bridge.offload import OffloadedFS
+from bridge.servers import GeventFTPServer
+from bridge.testing import running
 from bridge.turns import current_session
+from bridge.uploads import AtomicFS
+from bridge.virtual import VirtualFS
 
-__all__ = ["GeventIOLoop", "current_session", "install", "uninstall"]
+__all__ = [
+    "AtomicFS",
+    "FTPHandler",
+    "GeventFTPServer",
+    "GeventIOLoop",
+    "HashMixin",
+    "OffloadedAuthorizer",
+    "OffloadedFS",
+    "VirtualFS",
+    "current_session",
+    "install",
+    "running",
+    "uninstall",
+]
 
 if TYPE_CHECKING:
     __version__: str

@@ -9,6 +9,8 @@ registers: a listener, a control connection, a data connection, an acceptor for 
   killed handler would live on. `Registration._handle` does what they do, except for these two.
 - A channel that is ready but cannot use it rests instead of waking the hub for ever (the 100 % CPU of
   pyftpdlib #191 #245 #429 #613 #683), and so does a listener when accept() runs out of descriptors.
+- A TLS handshake is watched for what it waits for and nothing else. pyftpdlib goes on watching for what it
+  would like to do afterwards, writing above all, which a socket is always ready for.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ from typing import TYPE_CHECKING, Any
 from gevent import GreenletExit, Timeout, getcurrent
 from pyftpdlib.ioloop import Acceptor, asyncore
 
-from bridge.turns import Session, Turns
+from bridge.turns import Interrupt, Session, Turn, Turns
 
 if TYPE_CHECKING:
     from bridge.ioloop import GeventIOLoop
+
+# --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist): of
+# AsyncChat: _closed; of SSLConnectionMixin: _ssl_accepting, _ssl_want_read, _ssl_want_write.
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +63,7 @@ class Registration:
         "delay",
         "events",
         "fd",
+        "handshake",
         "ioloop",
         "parked",
         "ready",
@@ -85,6 +91,8 @@ class Registration:
         self.parked = False
         self.resting: Any = None
         self.delay = 0.0
+        #: What a TLS handshake waits for, watched for instead of `events`; 0 when there is none.
+        self.handshake = 0
 
     def _is_listener(self) -> bool:
         return self.control is self.channel and isinstance(self.channel, Acceptor)
@@ -104,12 +112,16 @@ class Registration:
     def modify(self, events: int) -> None:
         """Watch for other events; ends a rest."""
         self.events = events
+        self.handshake = 0
+        self._end_rest()
+        self._watch(events)
+
+    def _watch(self, events: int) -> None:
         watcher = self.watcher
         if watcher is not None:
             watcher.stop()
             watcher.events = events
-            self._end_rest()
-            if not self.parked:
+            if not self.parked and self.resting is None:
                 watcher.start(self._on_ready, pass_events=True)
 
     def detach(self) -> None:
@@ -138,22 +150,22 @@ class Registration:
                 ioloop._hub.loop.run_callback(ioloop._on_batch)
         self.ready = events
 
-    def _on_served(self) -> None:
-        """Start the turn for what `_on_ready` has seen."""
+    def turn(self) -> Turn | None:
+        """The turn for what `_on_ready` has seen, if the session is idle."""
         events, self.ready = self.ready, 0
         session = self.session
         if self.watcher is None or self.ioloop._closed:  # unregistered since, or about to be
-            return
+            return None
         if session is None:
             assert self.context is not None
-            turns = self.ioloop._turns
-            turns.run(Session(turns, self.context.copy(), vacant=True), None, self._handle, events)
-        elif session.worker is not None:
+            vacant = Session(self.ioloop._turns, self.context.copy(), vacant=True)
+            return vacant, None, self._handle, events
+        if session.worker is not None:
             self.watcher.stop()
             self.parked = True
             session.defer(self.control, self._unpark, None)
-        else:
-            self.ioloop._turns.run(session, self.control, self._handle, events)
+            return None
+        return session, self.control, self._handle, events
 
     def _on_rested(self) -> None:
         self._end_rest()
@@ -185,6 +197,8 @@ class Registration:
                 channel.handle_write_event()
         except FOR_THE_CALLER:
             raise
+        except Interrupt:
+            return
         except (GreenletExit, Timeout) as error:
             worker = getcurrent()
             end_session(worker.control, error)
@@ -195,6 +209,11 @@ class Registration:
             else:
                 self._handle_error()
             return
+        if self.events & WRITE:
+            handshake = _handshake(channel)
+            if handshake != self.handshake:
+                self.handshake = handshake
+                self._watch(handshake or self.events)
         if not consumed:
             # Ready, but neither side wants it (a connection that hung up while its transfer is
             # throttled, say): the fd stays ready and would wake the hub for ever.
@@ -231,6 +250,13 @@ class Registration:
         self.watcher.stop()
         self.resting = self.ioloop._hub.loop.timer(self.delay)
         self.resting.start(self._on_rested)
+
+
+def _handshake(channel: Any) -> int:
+    """What a channel's TLS handshake (pyftpdlib's SSLConnectionMixin) waits for; 0 if there is none."""
+    if not getattr(channel, "_ssl_accepting", False):
+        return 0
+    return READ if channel._ssl_want_read else WRITE if channel._ssl_want_write else 0
 
 
 def end_session(control: Any, error: BaseException) -> None:

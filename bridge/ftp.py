@@ -5,7 +5,8 @@ or exits. Its options are those of `python -m pyftpdlib`, by name and meaning. T
 made for the run, never on pyftpdlib's own classes, and every error is one line that names the option,
 with exit code 2. (Over 400 lines: most are the options and what they say.)
 
-The first SIGINT or SIGTERM closes the server and exits with 0; the second ends the process at once.
+The first SIGINT or SIGTERM drains the server, and the process exits with 0; the second cuts what is left, and
+ends the process with that signal if it is still there FORCE seconds later; the third ends it at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,11 +32,20 @@ from pyftpdlib.log import PREFIX, PREFIX_MPROC, config_logging
 from pyftpdlib.prefork import cpu_count, fork_processes
 
 import bridge
+from bridge.drain import KILL_GRACE
+from bridge.handlers import prepared
+from bridge.hashing import HashMixin
 from bridge.ioloop import GeventIOLoop
+from bridge.listeners import systemd_sockets
+from bridge.monitor import watch_hub
+from bridge.servers import GeventFTPServer
+from bridge.uploads import AtomicFS, remove_leftovers
 
 DEFAULT_PORT = 2121  # python -m pyftpdlib
 READ_ONLY = "elr"
 WRITABLE = "elradfmwMT"
+#: Seconds a server has to end after the second signal: what `stop(0)` may take, and as much again.
+FORCE = 2 * KILL_GRACE
 CONCURRENCY = ("async", "pre-fork", "multi-thread", "multi-proc")
 
 
@@ -81,6 +93,16 @@ def _count(value: str) -> int:
     if count < 0:
         raise argparse.ArgumentTypeError(f"{count} is negative; 0 means no limit")
     return count
+
+
+def _seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of seconds") from None
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and any number of seconds")
+    return seconds
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,8 +199,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-cons",
         type=_count,
         metavar="COUNT",
-        default=servers.FTPServer.max_cons,
-        help="simultaneous connections, data connections included, 0 for no limit (default: %(default)s)",
+        default=GeventFTPServer.max_cons,
+        help="simultaneous sessions (in each process), 0 for no limit (default: %(default)s)",
     )
     other.add_argument(
         "--max-cons-per-ip",
@@ -193,6 +215,38 @@ def _parser() -> argparse.ArgumentParser:
         metavar="COUNT",
         default=FTPHandler.max_login_attempts,
         help="failed logins before a session ends (default: %(default)s)",
+    )
+    other.add_argument(
+        "--hash",
+        action="store_true",
+        help="compute checksums of files for clients (HASH, XCRC, XMD5, XSHA256)",
+    )
+    other.add_argument(
+        "--stop-timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        default=GeventFTPServer.stop_timeout,
+        help="let transfers finish for so long when told to stop (async, pre-fork; default: %(default)s)",
+    )
+    other.add_argument(
+        "--long-wait",
+        type=_seconds,
+        metavar="SECONDS",
+        default=GeventIOLoop.long_wait,
+        help="log a session that has waited for so long in one command, 0 for never (default: %(default)s)",
+    )
+    other.add_argument(
+        "--max-blocking-time",
+        type=_seconds,
+        metavar="SECONDS",
+        default=gevent.config.max_blocking_time,
+        help="log what stops all sessions for longer than this, 0 for never (default: %(default)s)",
+    )
+    other.add_argument(
+        "--atomic-uploads",
+        action="store_true",
+        help="show uploaded files when they are complete, and remove the rest; also what a crash has left "
+        "(needs --write)",
     )
     return parser
 
@@ -253,8 +307,14 @@ def _handler_class(options: argparse.Namespace, authorizer: DummyAuthorizer) -> 
             if getattr(options, name):
                 raise UsageError(f"--{name.replace('_', '-')} needs --tls")
     attributes["dtp_handler"] = type("DataHandler", (base.dtp_handler,), {"timeout": options.timeout})
-    handler: type[FTPHandler] = type("Handler", (base,), attributes)
-    return handler
+    if options.atomic_uploads:
+        if not options.write:
+            raise UsageError("--atomic-uploads needs --write")
+        attributes["abstracted_fs"] = AtomicFS
+    bases = (HashMixin, base) if options.hash else (base,)
+    handler: type[FTPHandler] = type("Handler", bases, attributes)
+    # Whatever the server: pyftpdlib's handlers take a reset for the end of the file.
+    return prepared(handler) if options.atomic_uploads else handler
 
 
 def _nat_address(value: str | None) -> str | None:
@@ -291,12 +351,14 @@ def _tls_attributes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _server(options: argparse.Namespace, handler: type[FTPHandler]) -> Any:
-    base = {
+    base: Any = {
         "multi-thread": servers.ThreadedFTPServer,
         "multi-proc": servers.MultiprocessFTPServer,
-    }.get(options.concurrency, servers.FTPServer)
-    limits = {"max_cons": options.max_cons, "max_cons_per_ip": options.max_cons_per_ip}
-    server_class = type("Server", (base,), limits)
+    }.get(options.concurrency, GeventFTPServer)
+    attributes = {"max_cons": options.max_cons, "max_cons_per_ip": options.max_cons_per_ip}
+    if base is GeventFTPServer:
+        attributes["stop_timeout"] = options.stop_timeout
+    server_class = type("Server", (base,), attributes)
     if options.tls:
         try:
             handler.get_ssl_context()
@@ -304,14 +366,19 @@ def _server(options: argparse.Namespace, handler: type[FTPHandler]) -> Any:
             raise UsageError(
                 f"--certfile or --keyfile: not a certificate with its key, PEM: {error}"
             ) from None
+    ioloop = GeventIOLoop()
+    ioloop.long_wait = options.long_wait
+    where: list[Any] = [*systemd_sockets()] or [(options.interface, options.port)]
+    if len(where) > 1:
+        raise UsageError(f"LISTEN_FDS: systemd passed {len(where)} sockets, and one is served")
     try:
-        return server_class((options.interface, options.port), handler, ioloop=GeventIOLoop())
+        return server_class(where[0], handler, ioloop=ioloop)
     except OSError as error:
-        where = f"{options.interface or 'all interfaces'}, port {options.port}"
         # pyftpdlib wraps the last error of several addresses in another OSError.
         reason = error.args[0] if error.args and isinstance(error.args[0], OSError) else error
         raise UsageError(
-            f"--interface/--port: cannot listen on {where}: {reason.strerror or reason}"
+            f"--interface/--port: cannot listen on {options.interface or 'all interfaces'}, "
+            f"port {options.port}: {os.strerror(reason.errno) if reason.errno else reason}"
         ) from None
 
 
@@ -334,37 +401,68 @@ def _announce(options: argparse.Namespace, server: Any, directory: str) -> None:
     )
 
 
-def _on_signals(first: Callable[[], object]) -> None:
-    """SIGINT and SIGTERM call *first* once; the next one ends the process as the signal does by itself.
+def _on_signals(*reactions: Callable[[], object]) -> None:
+    """Each SIGINT or SIGTERM calls the next of *reactions*; after them it ends the process, as by itself.
 
-    Plain Python handlers, not watchers on the hub: they also run when a handler blocks the hub. *first*
+    Plain Python handlers, not watchers on the hub: they also run when a handler blocks the hub. A reaction
     must not raise: in the middle of a fork, Python drops exceptions.
     """
     pid = os.getpid()
-    seen = False
+    left = list(reactions)
 
     def on_signal(number: int, frame: Any) -> None:
-        nonlocal seen
-        if not seen and os.getpid() == pid:
-            seen = True
-            first()
-        else:  # (a session's process inherits this handler)
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if os.getpid() != pid or not left:  # (a session's process inherits this handler)
+            _end_by(number)
+            return
+        left.pop(0)()
+        if not left and len(reactions) > 1:
+            threading.Thread(target=_end_after, args=(FORCE, number), daemon=True).start()
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
 
-def _serve(server: Any, announce: Callable[[], None]) -> None:
+def _end_by(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+# --- runs in a native thread: no gevent
+
+
+def _end_after(seconds: float, number: int) -> None:
+    time.sleep(seconds)
+    print(f"ends: signal {number} came twice, and something blocks", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), number)  # the third
+
+
+# --- runs in the main greenlet
+
+
+def _serve(server: Any, options: argparse.Namespace, announce: Callable[[], None]) -> None:
     hub = gevent.get_hub()
-    _on_signals(lambda: hub.loop.run_callback_threadsafe(gevent.spawn, server.close_all))
+
+    def soon(function: Callable[..., object], *args: object) -> Callable[[], object]:
+        return lambda: hub.loop.run_callback_threadsafe(gevent.spawn, function, *args)
+
+    if isinstance(server, GeventFTPServer):
+        _on_signals(soon(server.stop), soon(server.stop, 0))
+    else:
+        _on_signals(soon(server.close_all))
+    end_watch = watch_hub(hub, options.max_blocking_time) if options.max_blocking_time else None
     announce()
-    server.serve_forever()
+    try:
+        server.serve_forever()
+    finally:
+        if end_watch is not None:
+            end_watch()
 
 
 class _Pipe:
-    """The pre-fork parent's sign of life: its children hold the reading end and see it close."""
+    """A word from the pre-fork parent to its children: they hold the reading end and see it close.
+
+    Its death says everything at once.
+    """
 
     def __init__(self) -> None:
         self.reader, self._writer = os.pipe()
@@ -376,29 +474,31 @@ class _Pipe:
             os.close(writer)
 
 
-def _prefork(server: Any, announce: Callable[[], None]) -> None:
+def _prefork(server: Any, options: argparse.Namespace, announce: Callable[[], None]) -> None:
     """Serve in one child for each core; the parent waits for them in here and leaves by SystemExit.
 
-    A signal closes the parent's end of the pipe. Each child then closes its server, as it does when the
-    parent is gone for another reason, and the parent leaves when the last child has.
+    A signal closes the parent's end of a pipe, and each child stops its server: the first to drain, the
+    second at once. They also stop when the parent is gone for another reason. The parent leaves when the
+    last child has.
     """
-    pipe = _Pipe()
-    _on_signals(pipe.close)
+    drain, force = _Pipe(), _Pipe()
+    _on_signals(drain.close, force.close)
     announce()
     fork_processes(cpu_count())
-    pipe.close()
-    gevent.spawn(_close_after, pipe.reader, server)
-    _serve(server, lambda: None)
+    for pipe, timeout in ((drain, None), (force, 0)):
+        pipe.close()
+        gevent.spawn(_stop_after, pipe.reader, server, timeout)
+    _serve(server, options, lambda: None)
 
 
-def _close_after(reader: int, server: Any) -> None:
+def _stop_after(reader: int, server: Any, timeout: float | None) -> None:
     hub = gevent.get_hub()
     watcher = hub.loop.io(reader, 1)
     try:
         hub.wait(watcher)
     finally:
         watcher.close()
-    server.close_all()
+    server.stop(timeout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -414,11 +514,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory = _directory(options)
         handler = _handler_class(options, _authorizer(options, directory))
         server = _server(options, handler)
+        if options.atomic_uploads:
+            remove_leftovers(directory)
     except UsageError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     serve = _prefork if options.concurrency == "pre-fork" else _serve
     try:
-        serve(server, lambda: _announce(options, server, directory))
+        serve(server, options, lambda: _announce(options, server, directory))
     finally:
         server.close_all()
     return 0

@@ -5,9 +5,9 @@ the end of it all. What one channel's watcher does is in channels.py, who may ru
 scheduler.py, the choice of the hub in hubs.py. It never blocks the hub, never calls pyftpdlib from the
 hub, and never patches anything.
 
-    hub.loop.io watchers --> Registration._on_ready --> GeventIOLoop._on_batch --.
-                                                                                  >-- Turns.run --> worker
-    hub.loop.timer --------> Scheduler._on_due ----------------------------------'
+    hub.loop.io watchers --> Registration._on_ready --> GeventIOLoop._on_batch --> Turns.run_all --.
+                                                                                                    >-- worker
+    hub.loop.timer --------> Scheduler._on_due ----------------------------------> Turns.run ------'
 
 (Over 400 lines: pyftpdlib's interface is one class there, and has to be one here.)
 
@@ -48,8 +48,9 @@ from pyftpdlib.log import logger as pyftpdlib_logger
 
 from bridge import hubs
 from bridge.channels import READ, WRITE, Registration, close_quietly, end_session
+from bridge.monitor import LongWaits
 from bridge.scheduler import Call, RepeatedCall, Scheduler
-from bridge.turns import Session, Turns, Worker
+from bridge.turns import Interrupt, Session, Turn, Turns, Worker
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Besides these: AsyncChat._fileno, AsyncChat._closed, _IOLoop._instance, _IOLoop._started_once.
@@ -80,6 +81,10 @@ class GeventIOLoop(_IOLoop):
     READ = READ
     WRITE = WRITE
 
+    #: Seconds a turn may wait before the log names its session and the line it waits at, once for each
+    #: turn (logger `bridge.monitor`, WARNING); 0 for never. Longer than what a user calls slow.
+    long_wait = 10.0
+
     def __init__(self) -> None:
         super().__init__()
         self.sched: Scheduler = Scheduler(self._run_call, self._defer_call)
@@ -90,6 +95,7 @@ class GeventIOLoop(_IOLoop):
         self._away: weakref.WeakSet[Any] = weakref.WeakSet()
         self._hub: Any = None
         self._turns: Turns
+        self._long_waits: LongWaits
         self._mailbox: hubs.Mailbox
         self._libev = False
         self._ready: list[Registration] = []  # with events, in the order the hub reported them
@@ -271,16 +277,75 @@ class GeventIOLoop(_IOLoop):
                 hub.loop.run_callback(worker.throw, GreenletExit)
             sleep(0)  # they end in this pass of the hub, or they refuse to: then they end on their own
 
+    # --- ours, beyond pyftpdlib's interface
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` has been called: a closed loop serves nothing ever again."""
+        return self._closed
+
+    @property
+    def hub(self) -> Any:
+        """The hub it serves on (borrowed); None before it has one, after a fork and when closed."""
+        return self._hub
+
+    def attach(self) -> Any:
+        """Take the hub of this thread, or move to it, and serve whenever it runs; return it.
+
+        `poll()` and `loop()` do it themselves. Raises RuntimeError if the loop is closed or is running
+        in another thread.
+        """
+        if self._closed:
+            raise RuntimeError(f"{self!r} is closed; make a new GeventIOLoop")
+        return self._attach()
+
+    def submit(self, target: Callable[..., Any], *args: Any, interrupt: bool = False) -> bool:
+        """Call *target*, a method of a channel, as a turn of that channel's session.
+
+        From everywhere: a greenlet, the hub, a signal handler, another thread. The call is made in the
+        hub's next pass, or when the session's running turn has ended; with *interrupt* a turn that waits
+        is ended for it by an `Interrupt`. False, and no call, if the loop has no hub (any more).
+        """
+        hub = self._hub
+        if hub is None or self._closed:
+            return False
+        if _get_ident() == hub.thread_ident:
+            hub.loop.run_callback(self._on_submit, target, args, interrupt)
+            return True
+        return self._mailbox.post(lambda: self._on_submit(target, args, interrupt))
+
+    def post(self, call: Callable[[], None]) -> bool:
+        """Have *call* called in the hub, from any thread; False if the loop has no hub (any more).
+
+        It must neither block nor raise. It is called at the latest when the loop gives the hub up.
+        """
+        return self._hub is not None and self._mailbox.post(call)
+
     # --- runs in the hub: must not block
+
+    def _on_submit(self, target: Callable[..., Any], args: tuple[Any, ...], interrupt: bool) -> None:
+        if self._closed or self._hub is None:
+            return
+        call = self.call_later(0, target, *args)
+        worker = self._turns.waiting_turn_of(getattr(call.owner, "cmd_channel", call.owner))
+        if interrupt and worker is not None:
+            worker.throw(Interrupt)
 
     def _on_batch(self) -> None:
         """Serve the channels that became ready in one pass of the hub, in the order they did."""
         batch, self._ready = self._ready, []
         if not self._libev:  # (which has reversed it already)
             batch.reverse()
-        try:
+
+        def more() -> Turn | None:
             while batch:
-                batch.pop()._on_served()
+                turn = batch.pop().turn()
+                if turn is not None:
+                    return turn
+            return None
+
+        try:
+            self._turns.run_all(more)
         finally:
             if batch and self._hub is not None:  # a signal handler raised in here
                 self._ready += batch
@@ -326,6 +391,9 @@ class GeventIOLoop(_IOLoop):
             return
         try:
             call.call()
+        except Interrupt:
+            if not call.cancelled:
+                call.cancel()
         except (GreenletExit, Timeout) as error:
             if not call.cancelled:
                 call.cancel()
@@ -389,7 +457,8 @@ class GeventIOLoop(_IOLoop):
             self._detach()
         self._hub = hub
         self._libev = "libev" in type(hub.loop).__module__
-        self._turns = Turns(hub, self._escape, self._on_quiet)
+        self._long_waits = LongWaits(hub, self.long_wait)
+        self._turns = Turns(hub, self._escape, self._on_quiet, self._long_waits.on_wait)
         self._mailbox = hubs.Mailbox(hub)
         for registration in list(self._registrations.values()):
             try:
@@ -421,6 +490,7 @@ class GeventIOLoop(_IOLoop):
                     registration.detach()
                 self.sched.detach()
                 self._turns.close()
+                self._long_waits.close()
                 self._ready, self._runners, self._pollers = [], [], []
                 self._hub = None
             self._mailbox.close()

@@ -7,7 +7,8 @@ the FTP handler appends to a list, the web application reads. Try it:
     curl -T README.md ftp://alice:secret@127.0.0.1:2121/   # in another terminal; bob:secret is there too
     curl http://127.0.0.1:8080/                            # or open it in a browser
 
-Both listen on 127.0.0.1 only, since the passwords are known to everybody. Ctrl-C or SIGTERM stops both.
+Both listen on 127.0.0.1 only, since the passwords are known to everybody. Ctrl-C or SIGTERM stops both:
+neither accepts anything new, transfers and requests that run have 10 seconds to finish.
 """
 
 import argparse
@@ -20,35 +21,30 @@ from html import escape
 from typing import Any
 
 import gevent
+from gevent.event import Event
+from gevent.pool import Pool
 from gevent.pywsgi import WSGIServer
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import FTPHandler
-from pyftpdlib.servers import FTPServer
 
-from bridge import GeventIOLoop
+from bridge import GeventFTPServer
 
 HOST = "127.0.0.1"
+DRAIN = 10.0  # seconds
 KEPT = 1000  # uploads the page remembers
 PORT_HELP = "0 for any free one (default: %(default)s)"
 
 
-def build(directory: str, ftp_port: int = 0, http_port: int = 0) -> tuple[FTPServer, WSGIServer]:
-    """The two servers: the first listens already, the second from its `start()` on."""
+def build(directory: str, ftp_port: int = 0, http_port: int = 0) -> tuple[GeventFTPServer, WSGIServer]:
+    """The two servers, to be started."""
     home = os.path.realpath(directory)
     users = DummyAuthorizer()
     for name in ("alice", "bob"):
         users.add_user(name, "secret", home, perm="elw")
     uploads: deque[tuple[str, int, str, datetime]] = deque(maxlen=KEPT)  # newest first
-    sessions: set[FTPHandler] = set()
 
     class Handler(FTPHandler):
         authorizer = users
-
-        def on_connect(self) -> None:
-            sessions.add(self)
-
-        def on_disconnect(self) -> None:
-            sessions.discard(self)
 
         def on_file_received(self, file: str) -> None:
             who = f"{self.username} from {self.remote_ip}"
@@ -59,9 +55,12 @@ def build(directory: str, ftp_port: int = 0, http_port: int = 0) -> tuple[FTPSer
         yield "<tr><th>Name<th>Bytes<th>Who<th>When\n"
         for name, size, who, when in uploads:
             yield f"<tr><td>{escape(name)}<td>{size}<td>{escape(who)}<td>{when:%Y-%m-%d %H:%M:%S}\n"
+        sessions = ftp.sessions()
         yield f"</table>\n<h2>Sessions: {len(sessions)}</h2>\n<ul>\n"
         for each in sessions:
-            yield f"<li>{escape(each.username or '(not logged in)')} from {escape(each.remote_ip)}\n"
+            transfer = f": {each.transfer.path}, {each.transfer.bytes} bytes" if each.transfer else ""
+            yield f"<li>{escape(each.user or '(not logged in)')} from {escape(each.remote_address[0])}"
+            yield f"{escape(transfer)}\n"
         yield "</ul>\n"
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
@@ -71,8 +70,9 @@ def build(directory: str, ftp_port: int = 0, http_port: int = 0) -> tuple[FTPSer
         start_response("200 OK", [("Content-Type", "text/html; charset=utf-8")])
         return ["".join(page()).encode()]
 
-    ftp = FTPServer((HOST, ftp_port), Handler, ioloop=GeventIOLoop())
-    return ftp, WSGIServer((HOST, http_port), application)
+    ftp = GeventFTPServer((HOST, ftp_port), Handler)
+    # With a pool, stop() waits for requests that run; without one they are left alone.
+    return ftp, WSGIServer((HOST, http_port), application, spawn=Pool())
 
 
 def main() -> None:
@@ -83,13 +83,15 @@ def main() -> None:
     parser.add_argument("--directory", default=".", help="where uploads go (default: the current one)")
     options = parser.parse_args()
 
-    ftp, http = build(options.directory, options.ftp_port, options.http_port)
-    http.start()
+    ftp, http = servers = build(options.directory, options.ftp_port, options.http_port)
+    told_to_stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        gevent.signal_handler(number, ftp.close_all)
-    print(f"FTP:  ftp://{HOST}:{ftp.address[1]}/\nPage: http://{HOST}:{http.server_port}/", flush=True)
-    ftp.serve_forever()  # the page is served meanwhile: it is the same hub
-    http.stop()
+        gevent.signal_handler(number, told_to_stop.set)
+    for server in servers:
+        server.start()
+    print(f"FTP:  ftp://{HOST}:{ftp.server_port}/\nPage: http://{HOST}:{http.server_port}/", flush=True)
+    told_to_stop.wait()
+    gevent.joinall([gevent.spawn(server.stop, DRAIN) for server in servers])
 
 
 if __name__ == "__main__":

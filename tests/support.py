@@ -1,23 +1,29 @@
 """Servers and clients for the tests: real sockets, port 0.
 
-Two ways to serve: `serving` runs a server on the test's own hub, for cooperative clients (`Client`);
-`serving_in_thread` runs it in a thread of its own, for clients that block (ftplib).
+Ways to serve: `serving` runs pyftpdlib's server on the test's own hub, for cooperative clients (`Client`),
+and `started` ours; `serving_in_thread` runs it in a thread of its own, for clients that block (ftplib).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import socket
+import ssl
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
 import gevent.socket
+import gevent.ssl
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import FTPServer
 
-from bridge import GeventIOLoop
+from bridge import GeventFTPServer, GeventIOLoop
 
 #: Seconds a client waits for a reply before the test fails.
 PATIENCE = 20.0
@@ -53,6 +59,19 @@ def serving(handler: Any, ioloop: GeventIOLoop | None = None, **attributes: Any)
 
 
 @contextlib.contextmanager
+def started(handler: Any, ioloop: GeventIOLoop | None = None, **attributes: Any) -> Iterator[Any]:
+    """A GeventFTPServer on this hub, stopped at the end without patience."""
+    server_class = type("Server", (GeventFTPServer,), attributes)
+    server = server_class(("127.0.0.1", 0), handler, ioloop)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop(0)
+        assert server.closed
+
+
+@contextlib.contextmanager
 def serving_in_thread(
     handler: Any, ioloop_class: Any, host: str = "127.0.0.1", server_class: Any = FTPServer
 ) -> Iterator[Any]:
@@ -82,6 +101,14 @@ def eventually(condition: Callable[[], object]) -> None:
             gevent.sleep(0.001)
 
 
+def assert_idle(seconds: float = 0.2) -> None:
+    """Let the hub run for so long. Nothing may take a fifth of a processor then; a spin takes a whole one."""
+    before = time.process_time()
+    gevent.sleep(seconds)
+    used = time.process_time() - before
+    assert used < 0.2 * seconds, f"{used:.3f} s of CPU in {seconds} s"
+
+
 class Client:
     """A cooperative FTP client that shows every reply and can pipeline."""
 
@@ -103,6 +130,12 @@ class Client:
     def close(self) -> None:
         self.file.close()
         self.sock.close()
+
+    def encrypt(self) -> None:
+        """The TLS handshake that follows AUTH."""
+        self.file.close()
+        self.sock = encrypted(self.sock)
+        self.file = self.sock.makefile("rb")
 
     def send(self, *lines: str) -> None:
         self.sock.sendall("".join(f"{line}\r\n" for line in lines).encode())
@@ -149,3 +182,29 @@ class Client:
         except ConnectionResetError:
             pass
         return True
+
+
+def encrypted(sock: Any) -> Any:
+    """*sock* after a client's TLS handshake, with whatever certificate."""
+    context = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context.wrap_socket(sock)
+
+
+def reset(connection: Any) -> None:
+    """Close a client or a socket with RST; closed already is no harm."""
+    sock = connection.sock if isinstance(connection, Client) else connection
+    if sock.fileno() >= 0:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+
+def vanish(sock: Any) -> None:
+    """As if the cable was cut: the kernel answers nothing any more, neither with ACK nor with FIN or RST.
+
+    By a filter that accepts no byte of any packet; Linux only.
+    """
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET | BPF_K, 0
+    program = struct.pack("HL", 1, ctypes.addressof(drop_all))
+    sock.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER, asm-generic/socket.h

@@ -7,8 +7,10 @@ passive mode over IPv4 and IPv6, TLS, ASCII mode. A client that is not installed
 from __future__ import annotations
 
 import ftplib
+import hashlib
 import io
 import os
+import re
 import shutil
 import socket
 import struct
@@ -235,7 +237,8 @@ def test_ftplib_resumes_a_cut_upload(shared: Path, command: str) -> None:
             connection.sendall(data[: BIG // 2])
             # A reset, not an end: what the kernel has not handed over yet is lost.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.voidresp()  # 226: pyftpdlib takes a reset for an end, FTP's stream mode has no other
+        with pytest.raises(ftplib.error_temp, match=r"^426"):  # pyftpdlib takes a reset for an end
+            client.voidresp()
         arrived = client.size("file")
         assert arrived is not None
         assert 0 < arrived <= BIG // 2
@@ -284,6 +287,16 @@ def test_curl_lists_downloads_and_uploads_as_a_user(shared: Path, local: Path) -
         assert (local / "copy").read_bytes() == data
         refused = run("curl", "--silent", url(server))
         assert refused.returncode == 67  # CURLE_LOGIN_DENIED
+
+
+@needs_curl
+def test_curl_asks_for_checksums(shared: Path) -> None:
+    (shared / "file").write_bytes(b"content")
+    digest = hashlib.sha256(b"content").hexdigest()
+    with Command("--hash", directory=shared) as server:
+        result = run("curl", "-sv", "--quote", "HASH file", "--quote", "XSHA256 file", url(server))
+        assert f"< 213 SHA-256 0-6 {digest}" in result.stderr
+        assert re.search(rf"^< 2\d\d {digest}", result.stderr, re.MULTILINE | re.IGNORECASE), result.stderr
 
 
 @needs_curl

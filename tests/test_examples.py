@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ftplib
 import io
 import itertools
@@ -11,6 +12,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -203,6 +205,34 @@ def test_uploads_page_stops_cleanly(uploads: tuple[Program, int, int], number: i
     program, ftp_port, _ = uploads
     with session(ftp_port, "alice", "secret"):
         assert_clean_stop(program, number)
+
+
+def until_refused(port: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED:
+                return
+    pytest.fail(f"port {port} still accepts")
+
+
+def test_uploads_page_lets_both_servers_finish(uploads: tuple[Program, int, int], tmp_path: Path) -> None:
+    program, ftp_port, http_port = uploads
+    with session(ftp_port, "alice", "secret") as alice, alice.transfercmd("STOR file") as data:
+        data.sendall(b"first ")
+        with socket.create_connection(("127.0.0.1", http_port), PATIENCE) as request:
+            request.sendall(b"GET / HTTP/1.0\r\n")  # and not yet all of it
+            fetch(http_port)  # so the one before was accepted
+            program.process.send_signal(signal.SIGTERM)
+            until_refused(ftp_port)
+            until_refused(http_port)
+            request.sendall(b"\r\n")
+            assert request.recv(12) == b"HTTP/1.1 200"
+        data.sendall(b"second")
+        data.close()
+        assert alice.voidresp().startswith("226")
+        assert program.process.wait(PATIENCE) == 0, program.errors
+    assert (tmp_path / "uploads" / "file").read_bytes() == b"first second"
 
 
 # --- examples/redis_authorizer.py

@@ -9,24 +9,49 @@ from pathlib import Path
 
 import gevent
 import gevent._hub_local
+import pyftpdlib.exceptions
 import pyftpdlib.ioloop
 import pytest
 from gevent.hub import Hub
+from pyftpdlib.handlers import FTPHandler
+from pyftpdlib.servers import FTPServer
+from support import Client, eventually, handler_class, serving, users
 
 import bridge
 
 PACKAGE = Path(bridge.__file__).parent
 
+
 #: Who may import whom: arrows go down only, the leaves import nothing of ours.
 ARROWS = {
-    "__init__": {"default", "ioloop", "turns"},
-    "ftp": {"", "ioloop"},
+    "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
+    | {"turns", "uploads", "virtual"},
+    "ftp": {"", "drain", "handlers", "hashing", "ioloop", "listeners", "monitor", "servers", "uploads"},
+    "testing": {"servers"},
+    "servers": {"channels", "drain", "handlers", "hubs", "ioloop", "listeners", "sessions", "turns"},
+    "drain": {"transfers"},
+    "sessions": {"events", "transfers", "turns"},
+    "handlers": {"events", "pipelining", "receiving", "transfers", "turns"},
+    "authorizers": {"threads"},
+    "checksums": {"offload", "threads", "transfers"},
+    "hashing": {"checksums", "transfers"},
     "default": {"ioloop"},
-    "ioloop": {"hubs", "channels", "scheduler", "turns"},
+    "ioloop": {"hubs", "channels", "monitor", "scheduler", "turns"},
     "channels": {"turns"},
+    "events": set(),
     "hubs": set(),
+    "listeners": set(),
+    "monitor": set(),
+    "offload": {"threads"},
+    "virtual": {"streams"},
+    "streams": {"turns"},
+    "pipelining": set(),
     "scheduler": set(),
+    "threads": set(),
+    "receiving": set(),
+    "transfers": {"events", "receiving"},
     "turns": set(),
+    "uploads": set(),
 }
 
 
@@ -97,11 +122,32 @@ assert not [kwargs for kwargs in hooks if "bridge" in repr(kwargs)]
         (gevent.get_hub(), "main_hub"),
         (gevent.get_hub().loop, "approx_timer_resolution"),
         (Hub, "handle_error"),
+        (Hub, "start_periodic_monitoring_thread"),
+        (FTPHandler, "_make_epasv"),
+        (FTPHandler, "_make_eport"),
+        (FTPHandler, "_on_dtp_close"),
+        (FTPHandler, "_shutdown_connecting_dtp"),
+        (pyftpdlib.exceptions, "_FileReadWriteError"),
+        (FTPServer, "_accept_new_cons"),
+        (FTPServer, "_log_start"),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__),
 )
 def test_the_names_we_stand_on_exist(owner: object, name: str) -> None:
     assert hasattr(owner, name)
+
+
+def test_the_attributes_of_a_session_we_stand_on_exist(tmp_path: Path) -> None:
+    with serving(handler_class(users(tmp_path))) as server, Client(server) as client, client.data():
+        control = list(server.ioloop.socket_map.values())[1]
+        eventually(lambda: control.data_channel)
+        data = control.data_channel
+        for name in ("_closed", "_closing", "_last_response", "_in_dtp_queue", "_out_dtp_queue", "_fileno"):
+            assert hasattr(control, name)
+        for name in ("_quit_pending", "_restart_position", "_rnfr", "_wanted_io_events", "producer_fifo"):
+            assert hasattr(control, name)
+        for name in ("_resp", "_closed", "_initialized", "_data_wrapper"):
+            assert hasattr(data, name)
 
 
 def test_pyftpdlib_swallows_what_we_do_not() -> None:

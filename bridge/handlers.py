@@ -1,0 +1,400 @@
+"""FTP and FTPS handlers that survive: shortages, full disks, floods, and a server that stops.
+
+`GeventFTPServer` gives every handler class it serves what is in here (`prepared`), so an existing program
+changes its server class and nothing else. `FTPHandler` and `TLS_FTPHandler` are pyftpdlib's with the same
+built in, to start a new program from. The mix-ins for control connections are here, in pipelining.py and in
+events.py (with what a program can set), those for data connections in transfers.py and receiving.py.
+
+What differs from pyftpdlib, and why:
+
+- **The lack of a descriptor, a port or memory costs a transfer, not the session.** pyftpdlib lets the
+  OSError of PASV end the session, and drops the acceptor when accept() fails, so that the client waits for
+  ever. Here the transfer gets 425, or 451 if it is the file that cannot be opened.
+- **Data connections take ports in TIME_WAIT**, where each port is for 60 s after a transfer. Left to the
+  kernel, bind() gets slower with each of them (6 ms in the end) and fails when all are (measured).
+- **`passive_ports` are the only ports.** When all are in use, 425; pyftpdlib takes any port then, which the
+  firewall that made somebody set `passive_ports` does not let through.
+- **A full disk is 452, a quota or size limit 552** (RFC 959 4.2), also when the error comes only with
+  close(), after which pyftpdlib never replies.
+- **A transfer whose data connection never comes ends with 425**, and its file is closed; so does one that the
+  client gives up. pyftpdlib says 421, goes on, and starts the old transfer on the next data connection.
+- **One transfer at a time; else 503.** pyftpdlib gives the running one another file, and may then send from
+  the first one's descriptor: closed, and by now perhaps another user's file (seen).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pyftpdlib.handlers
+from pyftpdlib.exceptions import FilesystemError
+from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
+from pyftpdlib.log import logger
+from pyftpdlib.utils import strerror
+
+from bridge.events import Events, EventsMixin
+from bridge.pipelining import PipeliningMixin
+from bridge.receiving import give_up
+from bridge.transfers import LIMITS, REPLY_CODES, ActiveMixin, PassiveMixin, TransferMixin, transferring
+from bridge.turns import current_session
+
+# --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
+# Of FTPHandler: _closed, _closing, _last_response, _in_dtp_queue, _out_dtp_queue, _restart_position,
+# _make_epasv, _make_eport, _on_dtp_close; of DTPHandler: _resp, _closed; of SSLConnectionMixin: _error.
+
+#: Commands that need a data connection.
+TRANSFERS = frozenset({"RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"})
+
+#: Seconds a client has to take a last reply before the connection is closed all the same. vsftpd: 5.
+GOODBYE = 5.0
+
+
+class SessionMixin(PipeliningMixin, EventsMixin):
+    """For a handler class: what a session needs. Put it before pyftpdlib's class, and Events behind that.
+
+    Instance attributes: `command`, the command that is being handled (str, None between commands), and
+    `last_active`, when the last one began or the last transfer ended (`time.time()`).
+    """
+
+    _in_dtp_queue: Any
+    _out_dtp_queue: Any
+
+    def __init__(self, conn: Any, server: Any, ioloop: Any = None) -> None:
+        self.command: str | None = None
+        self.last_active = time.time()
+        #: Transfer commands so far: tells whether one that is to be aborted is still the last.
+        self._transfers = 0
+        #: Why the data connection failed before there was a command that it could be told to.
+        self._no_data_connection: str | None = None
+        self._fresh_upload = False
+        super().__init__(conn, server, ioloop)
+
+    # --- from everywhere, also other threads; on a GeventIOLoop
+
+    def disconnect(self, reason: str = "Disconnected by the server.") -> None:
+        """End this session: 426 for its transfer, 421 with *reason*, close. A turn that waits is ended.
+
+        In the session's own turn it happens at once, else in the hub's next pass.
+        """
+        if current_session() is self:
+            self._disconnect(_one_line(reason))
+        else:
+            self.ioloop.submit(self._disconnect, _one_line(reason), interrupt=True)
+
+    def abort_transfer(self, reason: str = "Transfer aborted by the server.") -> None:
+        """End this session's transfer with 426 and *reason*, but not the session.
+
+        Without a transfer nothing happens. A turn that waits (for the file system, say) is ended.
+        """
+        if current_session() is self:
+            self._abort_transfer(_one_line(reason), self._transfers)
+        elif self.command in TRANSFERS or transferring(self):
+            self.ioloop.submit(self._abort_transfer, _one_line(reason), self._transfers, interrupt=True)
+
+    # --- runs in a worker greenlet: may wait
+
+    def _disconnect(self, reason: str) -> None:
+        if not self._closed:
+            self._end_transfer(f"426 {reason}")
+            self.respond_w_warning(f"421 {reason}")
+            self._close_soon()
+
+    def _abort_transfer(self, reason: str, number: int) -> None:
+        if self._closed or number != self._transfers or not number:
+            return
+        # The second case: its turn was ended before it had replied.
+        if not self._end_transfer(f"426 {reason}") and not self._last_response:
+            self.respond_w_warning(f"426 {reason}")
+
+    def finish(self, reason: str) -> None:
+        """The server stops: 421 and close, unless a transfer runs; then when that ends."""
+        if not self._closed and not self._closing and not transferring(self):
+            self.respond(f"421 {reason}")
+            self._close_soon()
+
+    def cut(self, reason: str) -> None:
+        """The server's time is up: 426, 421, close, whether the client reads it or not."""
+        if not self._closed:
+            self._end_transfer(f"426 {reason}")
+            self.respond(f"421 {reason}")
+            self.close()
+
+    def _close_soon(self) -> None:
+        self.close_when_done()
+        if not self._closed:
+            self.call_later(GOODBYE, self.close)
+
+    def _end_transfer(self, reply: str) -> bool:
+        """End the transfer that runs or is about to, with *reply*; False if there is none."""
+        channel = getattr(self, "data_channel", None)
+        if channel is not None and not channel._closed and channel._initialized:
+            if not channel.transfer_finished:
+                channel._resp = (reply, logger.warning)
+            channel._error = True  # no TLS shutdown, for which the client may let us wait
+            channel.close()
+            return True
+        return self._drop_queued(reply)
+
+    def _drop_queued(self, reply: str) -> bool:
+        """Answer the transfer that waits for its data connection; False if there is none."""
+        received: Any = getattr(self, "_in_dtp_queue", None)
+        sent: Any = getattr(self, "_out_dtp_queue", None)
+        if self._closed or (received is None and sent is None):
+            return False
+        self._in_dtp_queue = self._out_dtp_queue = None
+        self._shutdown_connecting_dtp()
+        file: Any = sent[2] if sent is not None else received[0]  # None: a listing
+        aborted = False
+        if received is not None:
+            aborted = self._give_up(file)
+        elif file is not None:
+            file.close()
+        self.respond_w_warning(reply)
+        try:
+            if received is not None:
+                self.on_incomplete_file_received(file.name)
+                if not aborted:
+                    self._remove_incomplete(file)
+            elif file is not None:
+                self.on_incomplete_file_sent(file.name)
+        finally:
+            self._transfer_ended(False)
+        return True
+
+    def _give_up(self, file: Any) -> bool:
+        try:
+            return give_up(file)
+        except OSError as error:
+            self.log(f"cannot end the incomplete {file.name}: {error}", logfun=logger.error)
+            return hasattr(file, "abort")
+
+    def _transfer_ended(self, completed: bool) -> None:
+        ended = getattr(self.server, "transfer_ended", None)
+        if ended is not None:
+            ended(self, completed)
+
+    def data_connection_failed(self, reason: str) -> None:
+        """Tell the client, with the reply to the transfer command it has sent or will send next."""
+        if not self._drop_queued(f"425 Can't open data connection: {reason}."):
+            self._no_data_connection = reason
+            self.log(f"Can't open data connection: {reason}.", logfun=logger.warning)
+
+    def _give_up_data_connection(self) -> None:
+        self._no_data_connection = None
+        self._drop_queued("425 Can't open data connection: the client gave it up.")
+
+    def _remove_incomplete(self, file: Any) -> None:
+        if self.keep_incomplete_uploads or not self._fresh_upload or self.fs is None:
+            return
+        try:
+            self.run_as_current_user(self.fs.remove, file.name)
+        except Exception as error:
+            self.log(f"cannot remove the incomplete {file.name}: {error}", logfun=logger.error)
+        else:
+            self.log(f"removed the incomplete {file.name}")
+
+    # --- pyftpdlib's methods
+
+    def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
+        """As pyftpdlib; also keeps `command` and `last_active`."""
+        self.command = cmd
+        self.last_active = time.time()
+        try:
+            super().pre_process_command(line, cmd, arg)
+        except OSError as error:
+            # From the file system, where pyftpdlib does not expect it to fail (validpath, say).
+            if self._closed or error.errno not in LIMITS:
+                raise
+            self.respond_w_warning(f"451 {error.strerror}.")
+        finally:
+            self.command = None
+            self.__dict__.pop("respond", None)
+
+    def process_command(self, cmd: str, *args: Any, **kwargs: Any) -> None:
+        """As pyftpdlib; a transfer whose data connection has failed already gets its 425."""
+        if cmd in TRANSFERS:
+            if transferring(self):
+                self.respond_w_warning("503 Wait for the end of the transfer.")
+                return
+            self._transfers += 1
+            reason, self._no_data_connection = self._no_data_connection, None
+            if reason is not None:
+                self.respond_w_warning(f"425 Can't open data connection: {reason}.")
+                return
+        super().process_command(cmd, *args, **kwargs)
+
+    def run_as_current_user(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """As pyftpdlib; makes its 550 for an error of REPLY_CODES what that says."""
+        try:
+            return super().run_as_current_user(function, *args, **kwargs)
+        except OSError as error:
+            code = REPLY_CODES.get(error.errno or 0)
+            if code is not None:
+                self.recode_next_reply(code)
+            raise
+
+    def recode_next_reply(self, code: str) -> None:
+        """Make it *code*, if pyftpdlib is about to call it 450 or 550."""
+
+        def respond(resp: str, logfun: Any = logger.warning) -> None:
+            self.__dict__.pop("respond", None)
+            self.respond(code + resp[3:] if resp[:3] in ("450", "550") else resp, logfun)
+
+        self.__dict__["respond"] = respond  # until it is called, or the command ends
+
+    def ftp_STOR(self, file: str, mode: str = "w") -> Any:
+        """As pyftpdlib; notes whether the file is a new one."""
+        self._fresh_upload = mode == "w" and not self._restart_position
+        try:
+            return super().ftp_STOR(file, mode)
+        finally:
+            self._give_up_orphan()
+
+    def ftp_NLST(self, path: str) -> Any:
+        """As pyftpdlib; a file system that has `format_nlst` makes the lines (bridge.offload)."""
+        format_nlst = getattr(self.fs, "format_nlst", None)
+        if format_nlst is None:
+            return super().ftp_NLST(path)
+        try:
+            if self.fs.isdir(path):
+                listing = self.run_as_current_user(self.fs.listdir, path)
+                listing.sort()
+            else:
+                self.fs.lstat(path)
+                listing = [os.path.basename(path)]
+        except (OSError, FilesystemError) as error:
+            self.respond(f"550 {strerror(error)}.")
+            return None
+        self.push_dtp_data(BufferedIteratorProducer(format_nlst(listing)), isproducer=True, cmd="NLST")
+        return path
+
+    def ftp_STOU(self, line: str) -> Any:
+        """As pyftpdlib; the file is always a new one."""
+        self._fresh_upload = True
+        try:
+            return super().ftp_STOU(line)
+        finally:
+            self._give_up_orphan()
+
+    def _give_up_orphan(self) -> None:
+        """The session was closed while pyftpdlib told the client that the file is open, and queued it."""
+        received = getattr(self, "_in_dtp_queue", None)
+        if self._closed and received is not None:
+            del self._in_dtp_queue
+            self._give_up(received[0])
+
+    def ftp_ABOR(self, line: str) -> None:
+        """As pyftpdlib; also ends a transfer that waits for its data connection."""
+        if self._drop_queued("426 Transfer aborted via ABOR."):
+            self.respond("226 ABOR command successful.")
+        else:
+            super().ftp_ABOR(line)
+
+    def flush_account(self) -> None:
+        """As pyftpdlib; also ends a transfer that waits for its data connection."""
+        self._drop_queued("426 Transfer aborted.")
+        super().flush_account()
+
+    def _make_eport(self, ip: Any, port: int) -> None:
+        self._give_up_data_connection()
+        if not self._closed:
+            super()._make_eport(ip, port)
+        if self._closed:  # when it was told, and before pyftpdlib knows what it has opened for it
+            self._shutdown_connecting_dtp()
+
+    def _make_epasv(self, extmode: bool = False) -> None:
+        self._give_up_data_connection()
+        try:
+            if not self._closed:
+                super()._make_epasv(extmode)
+        except OSError as error:
+            self._shutdown_connecting_dtp()
+            self.respond_w_warning(f"425 Can't open data connection: {error.strerror or error}.")
+        if self._closed:  # as above
+            self._shutdown_connecting_dtp()
+
+    def _on_dtp_close(self) -> None:
+        channel = self.data_channel
+        self.last_active = time.time()
+        super()._on_dtp_close()
+        completed = channel is not None and channel.transfer_finished
+        file = channel.file_obj if channel is not None and channel.receive else None
+        if file is not None and not (completed or getattr(channel, "aborted", False)):
+            self._remove_incomplete(file)
+        self._transfer_ended(completed)
+
+    def close(self) -> None:
+        """As pyftpdlib; then tells the server, after `on_disconnect`."""
+        if self._closed:
+            return
+        channel = self.data_channel
+        if channel is not None:
+            channel._error = True  # no TLS shutdown, which nobody would wait for
+        received = getattr(self, "_in_dtp_queue", None)
+        if received is not None:
+            self._in_dtp_queue = None  # pyftpdlib would close it
+        try:
+            super().close()
+        finally:
+            if received is not None:
+                self._give_up(received[0])
+            ended = getattr(self.server, "session_ended", None)
+            if self._closed and ended is not None:
+                if self.ioloop.closed:
+                    ended(self)
+                else:
+                    self.ioloop.call_later(0, self._ended)  # behind on_disconnect, as its last turn
+
+    def _ended(self) -> None:
+        self.server.session_ended(self)
+
+
+def prepared(handler: Any) -> Any:
+    """*handler* itself if it has all of the above, else a subclass of the same name that has.
+
+    Raises TypeError if it is no FTPHandler class.
+    """
+    if not (isinstance(handler, type) and issubclass(handler, pyftpdlib.handlers.FTPHandler)):
+        raise TypeError(f"handler must be a subclass of pyftpdlib's FTPHandler, not {handler!r}")
+    attributes: dict[str, Any] = {}
+    for name, mixin in (
+        ("dtp_handler", TransferMixin),
+        ("passive_dtp", PassiveMixin),
+        ("active_dtp", ActiveMixin),
+    ):
+        base: Any = getattr(handler, name)
+        if not issubclass(base, mixin):
+            attributes[name] = _derived(base, mixin, {})
+    first = None if issubclass(handler, SessionMixin) else SessionMixin
+    last = None if issubclass(handler, Events) else Events
+    return _derived(handler, first, attributes, last) if first or last or attributes else handler
+
+
+def _derived(base: Any, first: Any, attributes: dict[str, Any], last: Any = None) -> Any:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    bases = tuple(each for each in (first, base, last) if each is not None)
+    return type(base.__name__, bases, {**names, **attributes})
+
+
+def _one_line(reason: str) -> str:
+    return " ".join(reason.split())
+
+
+class FTPHandler(SessionMixin, pyftpdlib.handlers.FTPHandler, Events):
+    """pyftpdlib's FTPHandler with all of this module."""
+
+    dtp_handler = _derived(pyftpdlib.handlers.DTPHandler, TransferMixin, {})
+    passive_dtp = _derived(pyftpdlib.handlers.FTPHandler.passive_dtp, PassiveMixin, {})
+    active_dtp = _derived(pyftpdlib.handlers.FTPHandler.active_dtp, ActiveMixin, {})
+
+
+if hasattr(pyftpdlib.handlers, "TLS_FTPHandler"):  # pyOpenSSL is installed
+
+    class TLS_FTPHandler(SessionMixin, pyftpdlib.handlers.TLS_FTPHandler, Events):
+        """pyftpdlib's TLS_FTPHandler with all of this module."""
+
+        dtp_handler = _derived(pyftpdlib.handlers.TLS_DTPHandler, TransferMixin, {})
+        passive_dtp = FTPHandler.passive_dtp
+        active_dtp = FTPHandler.active_dtp

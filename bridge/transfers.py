@@ -1,0 +1,284 @@
+"""Data connections, and the files at their end: what may fail here costs a transfer, not the session.
+
+Mix-ins for pyftpdlib's `dtp_handler`, `passive_dtp` and `active_dtp` classes; handlers.py puts them there
+and says why they exist. They talk to a control connection that is a `handlers.SessionMixin`. What becomes of
+an upload at its end is in receiving.py, what the program is told in events.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import random
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyftpdlib.log import logger
+
+from bridge.events import StartingMixin
+from bridge.receiving import ReceivingMixin, is_bare_eof
+
+# --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
+# Besides these, of DTPHandler: _resp, _closed, _initialized; of SSLConnectionMixin: _error; of FTPHandler:
+# _in_dtp_queue, _out_dtp_queue.
+from pyftpdlib.exceptions import _FileReadWriteError, _GiveUpOnSendfile  # isort: skip
+from pyftpdlib.ioloop import _ERRNOS_DISCONNECTED  # isort: skip
+
+if TYPE_CHECKING:
+    from pyftpdlib.ioloop import AsyncChat as _AsyncChat
+else:  # mix-ins: what they extend is the class they are put before
+    _AsyncChat = object
+
+#: Errors that come and go with the load. The transfer that meets one gets 425, or 451 for its file.
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+#: A file system that does not answer: what bridge.offload raises after its time limits, and NFS.
+LIMITS = frozenset({errno.EAGAIN, errno.ETIMEDOUT})
+
+#: What a file system's error is to the client, where pyftpdlib says 550 or 426 (RFC 959, 4.2.2).
+REPLY_CODES = {
+    **dict.fromkeys(SHORTAGES | LIMITS, "451"),
+    errno.ENOSPC: "452",
+    errno.EDQUOT: "552",
+    errno.EFBIG: "552",
+}
+
+_SYSCTL = Path("/proc/sys/net/ipv4")  # for IPv6 too (Linux, ip-sysctl)
+
+#: Ports to try before the kernel has to choose. A try fails where something else listens or has connected
+#: from: hardly ever more than half of the ports, which makes all fail once in a million times.
+TRIES = 20
+
+#: Linux: bind() leaves the choice of the port to connect() (ip(7)). Named by Python from 3.12 on.
+_IP_BIND_ADDRESS_NO_PORT = 24 if sys.platform == "linux" else None
+
+_choice = random.SystemRandom().choice  # what is easily guessed is easily stolen
+
+
+def transferring(control: Any) -> bool:
+    """Whether a transfer runs, or was announced with 150 and waits for its data connection."""
+    channel = getattr(control, "data_channel", None)
+    if channel is not None and not channel._closed and channel._initialized:
+        return True
+    return (
+        getattr(control, "_in_dtp_queue", None) is not None
+        or getattr(control, "_out_dtp_queue", None) is not None
+    )
+
+
+class TransferMixin(StartingMixin, ReceivingMixin):
+    """For a `dtp_handler` class: a file's errors become their replies, TLS or not."""
+
+    _offset: int
+    tot_bytes_sent: int
+    ac_in_buffer_size: int
+
+    def handle_failed_ssl_handshake(self) -> None:
+        """As pyftpdlib, whose 522 is the reply."""
+        self._initialized = False
+        super().handle_failed_ssl_handshake()
+
+    def handle_error(self) -> None:
+        """As pyftpdlib, with 452 and 552; over TLS too there is a reply."""
+        error = sys.exc_info()[1]
+        if is_bare_eof(error) and self._initialized:
+            self.handle_close()
+        elif isinstance(error, _FileReadWriteError):
+            cause = error.__cause__
+            self._fail(cause if isinstance(cause, OSError) else error)
+            self._close_file()  # with the same error, for what was buffered
+            self.close()
+        else:
+            if not self._closed:
+                self.transfer_finished = False
+            if not self._resp:
+                self._resp = ("426 Internal error; transfer aborted.", logger.warning)
+            self._close_file()  # before pyftpdlib does, which would lose the reply if that fails
+            super().handle_error()
+
+    def _fail(self, error: OSError) -> None:
+        """Note the reply for an error of the file, and log it with what the reply does not say."""
+        code = REPLY_CODES.get(error.errno or 0, "426" if self.receive else "451")
+        reason = error.strerror or str(error)
+        self.transfer_finished = False
+        self._resp = (f"{code} {reason}; transfer aborted.", logger.warning)
+        self._error = True  # no TLS shutdown
+        self.log(
+            f"{self.cmd} {getattr(self.file_obj, 'name', '?')}: {reason} "
+            f"after {self.get_transmitted_bytes()} bytes",
+            logfun=logger.error,
+        )
+
+    def initiate_sendfile(self) -> None:
+        """As pyftpdlib; a file that can send itself (bridge.offload.OffloadedFile) does it elsewhere."""
+        send = getattr(self.file_obj, "sendfile", None)
+        if send is None:
+            super().initiate_sendfile()
+            return
+        try:
+            sent = send(self._fileno, self._offset)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno in _ERRNOS_DISCONNECTED:
+                self.handle_close()
+            elif self.tot_bytes_sent == 0 and error.errno not in LIMITS:
+                raise _GiveUpOnSendfile from error
+            else:
+                raise _FileReadWriteError(error) from error
+            return
+        self._offset += sent
+        self.tot_bytes_sent += sent
+        if not sent:
+            self.discard_buffers()
+            self.handle_close()
+
+    def enable_receiving(self, type: str, cmd: str) -> None:
+        """As pyftpdlib; a file for which each write is a trip gets more at a time."""
+        self.ac_in_buffer_size = max(self.ac_in_buffer_size, getattr(self.file_obj, "block_size", 0))
+        self.cmd, self.receive = cmd, True
+        if self._start():
+            super().enable_receiving(type, cmd)
+            left = getattr(self.cmd_channel, "_upload_limit", None)
+            if left is not None:
+                self._limit(left)
+
+    def push_with_producer(self, producer: Any) -> None:
+        """As pyftpdlib, and the event."""
+        if self._start():
+            super().push_with_producer(producer)
+
+    def handle_timeout(self) -> None:
+        """As pyftpdlib; without a TLS shutdown, which the client would let us wait for again."""
+        previous, self._error = getattr(self, "_error", False), True
+        super().handle_timeout()
+        if not self._closed:
+            self._error = previous
+
+    def close(self) -> None:
+        """As pyftpdlib; what fails when an uploaded file is closed is told, not raised."""
+        self._end_progress()
+        if not (self._closed or self._settled):
+            self._settle()
+            if self._closed:  # meanwhile
+                return
+        super().close()
+
+
+@functools.cache
+def ephemeral_ports() -> Sequence[int]:
+    """The ports the kernel would choose from. Raises OSError where it does not say (other than Linux)."""
+    low, high = map(int, (_SYSCTL / "ip_local_port_range").read_text().split())
+    reserved = (_SYSCTL / "ip_local_reserved_ports").read_text().strip()
+    ports = range(low, high + 1)
+    if not reserved:
+        return ports
+    taken: set[int] = set()
+    for part in reserved.split(","):
+        first, _, last = part.partition("-")
+        taken.update(range(int(first), int(last or first) + 1))
+    return [port for port in ports if port not in taken]
+
+
+class _ReusesAddresses(_AsyncChat):
+    """Ports in TIME_WAIT may be bound again.
+
+    With SO_REUSEADDR Linux lets them be asked for, but does not choose them (ip_autobind_reuse): bind() to
+    port 0 searches longer and longer, for 6 ms when most are in TIME_WAIT, and fails when all are. 60 000
+    small RETRs in a row took 31 s with a port of our choice, 185 and more with the kernel's
+    (tests/bench/passive_ports.py).
+    """
+
+    def create_socket(self, *args: Any, **kwargs: Any) -> None:
+        super().create_socket(*args, **kwargs)
+        self.set_reuse_addr()
+
+    def _bind_to_any(self, addr: Any) -> None:
+        """Bind to a port of our choice, if need be of the kernel's."""
+        try:
+            ports = ephemeral_ports()
+        except OSError:  # also when there is no descriptor to find out
+            ports = ()
+        for _ in range(TRIES if ports else 0):
+            try:
+                super().bind((addr[0], _choice(ports), *addr[2:]))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return
+        super().bind((addr[0], 0, *addr[2:]))
+
+
+class PassiveMixin(_ReusesAddresses):
+    """For a `passive_dtp` class."""
+
+    def __init__(self, cmd_channel: Any, extmode: bool = False) -> None:
+        self._probing = False
+        try:
+            super().__init__(cmd_channel, extmode)
+        except BaseException:
+            self.close()
+            raise
+
+    def bind_af_unspecified(self, addr: Any) -> Any:
+        """As pyftpdlib, which finds out the address family so and does not keep the socket."""
+        self._probing = True
+        try:
+            return super().bind_af_unspecified(addr)
+        finally:
+            self._probing = False
+
+    def bind(self, addr: Any) -> None:
+        """As asyncore; refuses the random port that pyftpdlib takes when none of `passive_ports` is left."""
+        if addr[1] or self._probing:
+            super().bind(addr)
+        elif self.cmd_channel.passive_ports is not None:
+            raise OSError(errno.EADDRINUSE, "all passive ports are in use")
+        else:
+            self._bind_to_any(addr)
+
+    def handle_accept(self) -> None:
+        """As pyftpdlib; a shortage is told to the client."""
+        try:
+            super().handle_accept()
+        except OSError as error:
+            if error.errno not in SHORTAGES:
+                raise
+            self.close()
+            self.cmd_channel.data_connection_failed(error.strerror or str(error))
+
+    def handle_timeout(self) -> None:
+        """As pyftpdlib if no transfer waits for this connection."""
+        if self.cmd_channel._drop_queued("425 Can't open data connection: timed out."):
+            self.close()
+        else:
+            super().handle_timeout()
+
+
+class ActiveMixin(_ReusesAddresses):
+    """For an `active_dtp` class."""
+
+    def bind(self, addr: Any) -> None:
+        """As asyncore; a port only has to be unused with this client's, so connect() chooses it."""
+        if _IP_BIND_ADDRESS_NO_PORT is not None:
+            self.socket.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+        super().bind(addr)
+
+    def connect(self, addr: Any) -> None:
+        """As pyftpdlib, also from a port that a passive connection has left in TIME_WAIT."""
+        try:
+            super().connect(addr)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            self._bind_to_any(self.socket.getsockname())
+            super().connect(addr)
+
+    def handle_close(self) -> None:
+        """As pyftpdlib; a transfer that waits for this connection is answered too."""
+        super().handle_close()
+        self.cmd_channel._drop_queued("425 Can't open data connection.")

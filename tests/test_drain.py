@@ -1,0 +1,146 @@
+"""SIGTERM in the middle of real clients' transfers: with enough time they complete, and files are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import ftplib
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli import LIMIT, Command, certificate, environment
+from support import eventually
+
+pytestmark = pytest.mark.program
+
+MB = 1 << 20
+#: More than pipes and sockets buffer, so that a client whose stdin or stdout waits is in mid-transfer.
+CONTENT = bytes(range(256)) * (24 * MB // 256)
+
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+needs_lftp = pytest.mark.skipif(shutil.which("lftp") is None, reason="lftp is not installed")
+
+CLIENTS = [pytest.param("curl", marks=needs_curl), pytest.param("lftp", marks=needs_lftp)]
+CONCURRENCY = ["async", "pre-fork"]
+
+
+@contextlib.contextmanager
+def client(name: str, direction: str, server: Command, secure: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """A program that downloads `file` to its stdout, or uploads its stdin as `file`."""
+    url = f"ftp://127.0.0.1:{server.port}"
+    commands = {
+        ("curl", "down"): ["curl", "-sS", *secure.split(), f"{url}/file"],
+        ("curl", "up"): ["curl", "-sS", *secure.split(), "-T", "-", f"{url}/file"],
+        ("lftp", "down"): ["lftp", "--norc", "-c", f"set net:max-retries 1; cat {url}/file"],
+        ("lftp", "up"): [
+            *("lftp", "--norc", "-c"),
+            f"set net:max-retries 1; set ftp:use-allo no; open {url}; put /dev/stdin -o file",
+        ],
+    }
+    with subprocess.Popen(
+        commands[name, direction],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def idle_session(server: Command) -> Iterator[ftplib.FTP]:
+    with contextlib.closing(ftplib.FTP(timeout=LIMIT)) as session:
+        session.connect("127.0.0.1", server.port)
+        session.login()
+        yield session
+
+
+def assert_gone(session: ftplib.FTP) -> None:
+    with pytest.raises(ftplib.error_temp, match=r"^421 Service shutting down"):
+        session.pwd()
+
+
+@pytest.mark.parametrize("concurrency", CONCURRENCY)
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_download_completes(tmp_path: Path, name: str, concurrency: str) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    with Command("--concurrency", concurrency, directory=tmp_path) as server, idle_session(server) as idle:
+        with client(name, "down", server) as process:
+            assert process.stdout is not None
+            start = process.stdout.read(MB)
+            server.send(signal.SIGTERM)
+            server.logged("1 session.* to end, 1 of them after their transfer|2 session.*, 1 of them")
+            assert_gone(idle)
+            assert start + process.stdout.read() == CONTENT
+            assert process.wait(LIMIT) == 0, process.stderr
+        code, output = server.wait()
+        assert code == 0, output
+        assert "1 transfer(s) finished, 0 failed and 0 cut" in output
+
+
+def upload_through_a_drain(server: Command, process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(CONTENT[: 12 * MB])
+    process.stdin.flush()
+    server.send(signal.SIGTERM)
+    server.logged("1 session.* to end, 1 of them after their transfer")
+    process.stdin.write(CONTENT[12 * MB :])
+    process.stdin.close()
+    assert process.wait(LIMIT) == 0, process.stderr
+
+
+@pytest.mark.parametrize("concurrency", CONCURRENCY)
+@pytest.mark.parametrize("name", CLIENTS)
+def test_an_upload_completes(tmp_path: Path, name: str, concurrency: str) -> None:
+    with Command("-w", "--concurrency", concurrency, directory=tmp_path) as server:
+        with client(name, "up", server) as process:
+            upload_through_a_drain(server, process)
+        code, output = server.wait()
+        assert code == 0, output
+        assert (tmp_path / "file").read_bytes() == CONTENT
+        assert "1 transfer(s) finished, 0 failed and 0 cut" in output
+
+
+@needs_curl
+def test_an_upload_over_tls_completes(tmp_path: Path) -> None:
+    pytest.importorskip("OpenSSL", reason="pyOpenSSL is not installed")
+    home = tmp_path / "home"
+    home.mkdir()
+    pem = str(certificate(tmp_path))
+    with Command("-w", "--tls", "--certfile", pem, directory=home) as server:
+        with client("curl", "up", server, "--ssl-reqd -k") as process:
+            upload_through_a_drain(server, process)
+        code, output = server.wait()
+        assert code == 0, output
+        assert (home / "file").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("concurrency", CONCURRENCY)
+@pytest.mark.parametrize("forced_by", ["timeout", "second signal"])
+def test_what_does_not_finish_is_cut(tmp_path: Path, forced_by: str, concurrency: str) -> None:
+    timeout = "0.1" if forced_by == "timeout" else "1000"
+    options = ("-w", "--concurrency", concurrency, "--stop-timeout", timeout)
+    with Command(*options, directory=tmp_path) as server, idle_session(server) as session:
+        session.voidcmd("TYPE I")
+        with contextlib.closing(session.transfercmd("STOR file")) as data:
+            data.sendall(b"half")
+            eventually(lambda: "Total bytes received: 4" in session.sendcmd("STAT"))
+            server.send(signal.SIGTERM)
+            if forced_by == "second signal":
+                server.logged("1 of them after their transfer")
+                server.send(signal.SIGTERM)
+            with pytest.raises(ftplib.error_temp, match=r"^426 Service shutting down"):
+                session.voidresp()
+            with pytest.raises(ftplib.error_temp, match=r"^421 Service shutting down"):
+                session.voidresp()
+        code, output = server.wait()
+        assert code == 0, output
+        assert "1 cut, 0 transfer(s) finished, 0 failed and 1 cut" in output
+        assert "completed=0 bytes=4" in output
+        assert (tmp_path / "file").read_bytes() == b"half"
