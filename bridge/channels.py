@@ -6,7 +6,7 @@ registers: a listener, a control connection, a data connection, an acceptor for 
 - An event for a session that is busy stops that watcher; the end of the turn starts it again. Events are
   level-triggered: nothing is lost, and nothing spins meanwhile.
 - asyncore's `read()` and `write()` swallow GreenletExit and gevent.Timeout in a bare `except:`, so a
-  killed handler would live on. `Registration._handle` does what they do, except for these two.
+  killed handler would live on. `Registration.handle` does what they do, except for these two.
 - A channel that is ready but cannot use it rests instead of waking the hub for ever (the 100 % CPU of
   pyftpdlib #191 #245 #429 #613 #683), and so does a listener when accept() runs out of descriptors.
 - A TLS handshake is watched for what it waits for and nothing else. pyftpdlib goes on watching for what it
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from gevent import GreenletExit, Timeout, getcurrent
 from pyftpdlib.ioloop import Acceptor, asyncore
 
-from bridge.turns import Interrupt, Session, Turn, Turns
+from bridge.turns import Interrupt, Session, Turns
 
 if TYPE_CHECKING:
     from bridge.ioloop import GeventIOLoop
@@ -65,6 +65,7 @@ class Registration:
         "fd",
         "handshake",
         "ioloop",
+        "listens",
         "parked",
         "ready",
         "resting",
@@ -83,10 +84,11 @@ class Registration:
         self.session: Session | None = None
         #: Of whoever registered the channel; needed by listeners, and until there is a session.
         self.context: contextvars.Context | None = None
-        if ioloop._hub is None or self._is_listener():
+        self.listens = self.control is channel and isinstance(channel, Acceptor)
+        if ioloop._hub is None or self.listens:
             self.context = contextvars.copy_context()
         self.watcher: Any = None
-        #: Events seen by the watcher, to be served in the running batch.
+        #: Events the watcher has seen, if it watches for more than one.
         self.ready = 0
         self.parked = False
         self.resting: Any = None
@@ -94,26 +96,32 @@ class Registration:
         #: What a TLS handshake waits for, watched for instead of `events`; 0 when there is none.
         self.handshake = 0
 
-    def _is_listener(self) -> bool:
-        return self.control is self.channel and isinstance(self.channel, Acceptor)
-
     # --- runs in the hub's thread
 
     def attach(self, hub: Any, turns: Turns) -> None:
         """Make the watcher and start it. Raises OSError (EBADF) if the fd is not open."""
-        if not self._is_listener():
+        if not self.listens:
             self.session = turns.session_of(self.control, self.context)
         try:
             self.watcher = hub.loop.io(self.fd, self.events)
         except ValueError as error:
             raise OSError(errno.EBADF, f"cannot watch file descriptor {self.fd}") from error
-        self.watcher.start(self._on_ready, pass_events=True)
+        self._start()
+
+    def _start(self) -> None:
+        """Start the watcher, which is not active; without Python code for each event, where possible."""
+        ioloop = self.ioloop
+        if ioloop._passes is not None and (self.handshake or self.events) != READ | WRITE:
+            self.watcher.start(ioloop._enqueue, self)
+        else:
+            self.watcher.start(self._on_ready, pass_events=True)
 
     def modify(self, events: int) -> None:
         """Watch for other events; ends a rest."""
         self.events = events
         self.handshake = 0
-        self._end_rest()
+        if self.resting is not None:
+            self._end_rest()
         self._watch(events)
 
     def _watch(self, events: int) -> None:
@@ -122,11 +130,12 @@ class Registration:
             watcher.stop()
             watcher.events = events
             if not self.parked and self.resting is None:
-                watcher.start(self._on_ready, pass_events=True)
+                self._start()
 
     def detach(self) -> None:
         """Release the watcher; before the fd is closed. Twice is no harm."""
-        self._end_rest()
+        if self.resting is not None:
+            self._end_rest()
         self.ready = 0
         self.parked = False
         watcher, self.watcher = self.watcher, None
@@ -143,34 +152,33 @@ class Registration:
     # --- runs in the hub: must not block
 
     def _on_ready(self, events: int) -> None:
-        if not self.ready:
-            ioloop = self.ioloop
-            ioloop._ready.append(self)
-            if len(ioloop._ready) == 1:
-                ioloop._hub.loop.run_callback(ioloop._on_batch)
+        ioloop = self.ioloop
+        if ioloop._passes is None and not ioloop._ready:
+            ioloop._hub.loop.run_callback(ioloop._on_pass)
+        ioloop._ready.append(self)
         self.ready = events
 
-    def turn(self) -> Turn | None:
-        """The turn for what `_on_ready` has seen, if the session is idle."""
-        events, self.ready = self.ready, 0
-        session = self.session
-        if self.watcher is None or self.ioloop._closed:  # unregistered since, or about to be
+    # --- runs in a worker greenlet: may wait
+
+    def admit(self) -> Session | None:
+        """The session an accept is to create; what is busy rests, what is unregistered stays so."""
+        if self.watcher is None:
             return None
-        if session is None:
+        if self.session is None:
             assert self.context is not None
-            vacant = Session(self.ioloop._turns, self.context.copy(), vacant=True)
-            return vacant, None, self._handle, events
-        if session.worker is not None:
-            self.watcher.stop()
-            self.parked = True
-            session.defer(self.control, self._unpark, None)
-            return None
-        return session, self.control, self._handle, events
+            return Session(self.ioloop._turns, self.context.copy(), vacant=True)
+        self.ready = 0
+        self.watcher.stop()
+        self.parked = True
+        self.session.defer(self.control, self._unpark, None)
+        return None
+
+    # --- runs in the hub: must not block
 
     def _on_rested(self) -> None:
         self._end_rest()
         if self.watcher is not None and not self.parked:
-            self.watcher.start(self._on_ready, pass_events=True)
+            self._start()
 
     # --- runs in a worker greenlet: may wait
 
@@ -178,16 +186,21 @@ class Registration:
         if self.parked:
             self.parked = False
             if self.watcher is not None and self.resting is None:
-                self.watcher.start(self._on_ready, pass_events=True)
+                self._start()
 
-    def _handle(self, events: int) -> None:
-        """One turn for one event: what asyncore's read() and write() do, and pyftpdlib's poll()."""
+    def handle(self) -> None:
+        """One turn for what is ready: what asyncore's read() and write() do, and pyftpdlib's poll()."""
         channel = self.channel
         consumed = False
-        if not 0 < events <= READ | WRITE:
-            # libuv reports an error as a negative number and stops watching; let the channel find out.
-            self.modify(self.events)
-            events = READ | WRITE
+        events = self.ready
+        if not events:
+            events = self.handshake or self.events
+        else:
+            self.ready = 0
+            if not 0 < events <= READ | WRITE:
+                # libuv reports an error as a negative number and stops watching; let the channel find out.
+                self.modify(self.events)
+                events = READ | WRITE
         try:
             if events & READ and channel.readable():
                 consumed = True

@@ -5,9 +5,9 @@ the end of it all. What one channel's watcher does is in channels.py, who may ru
 scheduler.py, the choice of the hub in hubs.py. It never blocks the hub, never calls pyftpdlib from the
 hub, and never patches anything.
 
-    hub.loop.io watchers --> Registration._on_ready --> GeventIOLoop._on_batch --> Turns.run_all --.
-                                                                                                    >-- worker
-    hub.loop.timer --------> Scheduler._on_due ----------------------------------> Turns.run ------'
+    hub.loop.io watchers --> Registration._on_ready --> GeventIOLoop._on_pass --> Turns.serve --.
+                                                                                                 >-- worker
+    hub.loop.timer --------> Scheduler._on_due ---------------------------------> Turns.run ----'
 
 (Over 400 lines: pyftpdlib's interface is one class there, and has to be one here.)
 
@@ -42,6 +42,7 @@ from typing import Any
 import pyftpdlib.ioloop
 from gevent import GreenletExit, Timeout, getcurrent, monkey, sleep
 from gevent.hub import Waiter
+from gevent.socket import socket as GeventSocket
 from pyftpdlib.ioloop import AsyncChat, asyncore
 from pyftpdlib.log import config_logging, is_logging_configured
 from pyftpdlib.log import logger as pyftpdlib_logger
@@ -50,7 +51,8 @@ from bridge import hubs
 from bridge.channels import READ, WRITE, Registration, close_quietly, end_session
 from bridge.monitor import LongWaits
 from bridge.scheduler import Call, RepeatedCall, Scheduler
-from bridge.turns import Interrupt, Session, Turn, Turns, Worker
+from bridge.sockets import native
+from bridge.turns import Interrupt, Session, Turns, Worker
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Besides these: AsyncChat._fileno, AsyncChat._closed, _IOLoop._instance, _IOLoop._started_once.
@@ -90,15 +92,16 @@ class GeventIOLoop(_IOLoop):
         self.sched: Scheduler = Scheduler(self._run_call, self._defer_call)
         self.socket_map: dict[Any, Any]
         self._registrations: dict[Any, Registration] = {}
-        #: Channels that took themselves off the loop without closing: throttled, QUIT during a transfer,
-        #: waiting out a failed login. close() must find them.
+        #: Channels that have ever taken themselves off the loop without closing: throttled, QUIT during a
+        #: transfer, waiting out a failed login. close() must find them.
         self._away: weakref.WeakSet[Any] = weakref.WeakSet()
         self._hub: Any = None
         self._turns: Turns
+        self._ready: list[Any]
+        self._enqueue: Callable[[Any], None]
         self._long_waits: LongWaits
         self._mailbox: hubs.Mailbox
-        self._libev = False
-        self._ready: list[Registration] = []  # with events, in the order the hub reported them
+        self._passes: Any = None  # libev's: a watcher that calls when all others of a pass have called
         self._runners: list[Waiter] = []  # greenlets inside loop()
         self._pollers: list[Waiter] = []  # greenlets inside poll()
         self._closed = False
@@ -116,22 +119,31 @@ class GeventIOLoop(_IOLoop):
         old = self._registrations.pop(fd, None)
         if old is not None:
             self._in_hub_thread(old.detach)
+        if type(getattr(instance, "socket", None)) is GeventSocket:
+            instance.socket = native(instance.socket)
         registration = Registration(self, fd if isinstance(fd, int) else fd.fileno(), instance, events)
-        if self._hub is not None:
-            self._in_hub_thread(registration.attach, self._hub, self._turns)
+        hub = self._hub
+        if hub is not None:
+            if hub.thread_ident == _get_ident():
+                registration.attach(hub, self._turns)
+            else:
+                self._in_hub_thread(registration.attach, hub, self._turns)
         self._registrations[fd] = registration
         self.socket_map[fd] = instance
-        if self._away:
-            self._away.discard(instance)
 
     def unregister(self, fd: Any) -> None:
         """Forget *fd*; an unknown one is ignored."""
         self.socket_map.pop(fd, None)
         registration = self._registrations.pop(fd, None)
         if registration is not None:
-            self._in_hub_thread(registration.detach)
-            if not getattr(registration.channel, "_closed", True):
-                self._away.add(registration.channel)
+            hub = self._hub
+            if hub is None or hub.thread_ident == _get_ident():
+                registration.detach()
+            else:
+                self._in_hub_thread(registration.detach)
+            channel = registration.channel
+            if not getattr(channel, "_closed", True):
+                self._away.add(channel)
             if not self.socket_map:
                 self._on_quiet()
 
@@ -139,7 +151,11 @@ class GeventIOLoop(_IOLoop):
         """Change what *fd* is watched for; an unknown one is ignored, as pyftpdlib's Select does."""
         registration = self._registrations.get(fd)
         if registration is not None:
-            self._in_hub_thread(registration.modify, events)
+            hub = self._hub
+            if hub is None or hub.thread_ident == _get_ident():
+                registration.modify(events)
+            else:
+                self._in_hub_thread(registration.modify, events)
 
     def fileno(self) -> int:
         """The descriptor of the hub's own poller. Takes this thread's hub if there is none yet."""
@@ -201,23 +217,27 @@ class GeventIOLoop(_IOLoop):
 
     # --- pyftpdlib's interface: timers
 
-    def call_later(self, seconds: float, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
+    def call_later(
+        self, seconds: float, target: Callable[..., Any], *args: Any, _errback: Any = None, **kwargs: Any
+    ) -> Call:
         """Call *target* in *seconds*, as a turn of the session it belongs to.
 
         That is the session of the channel whose method *target* (or else `_errback`) is, or else the
         session whose turn makes the call, or else none.
         """
-        kwargs["_scheduler"] = self.sched
-        kwargs["_owner"] = _owner(target, kwargs.get("_errback"))
-        return Call(seconds, target, *args, **kwargs)
+        owner = getattr(target, "__self__", None)
+        if not isinstance(owner, AsyncChat):
+            owner = _owner(_errback)
+        return Call(seconds, target, args, kwargs, _errback, self.sched, owner)
 
     def call_every(
-        self, seconds: float, target: Callable[..., Any], *args: Any, **kwargs: Any
+        self, seconds: float, target: Callable[..., Any], *args: Any, _errback: Any = None, **kwargs: Any
     ) -> RepeatedCall:
         """Call *target* every *seconds* until cancelled or until it raises."""
-        kwargs["_scheduler"] = self.sched
-        kwargs["_owner"] = _owner(target, kwargs.get("_errback"))
-        return RepeatedCall(seconds, target, *args, **kwargs)
+        owner = getattr(target, "__self__", None)
+        if not isinstance(owner, AsyncChat):
+            owner = _owner(_errback)
+        return RepeatedCall(seconds, target, args, kwargs, _errback, self.sched, owner)
 
     # --- pyftpdlib's interface: the end
 
@@ -331,27 +351,18 @@ class GeventIOLoop(_IOLoop):
         if interrupt and worker is not None:
             worker.throw(Interrupt)
 
-    def _on_batch(self) -> None:
+    def _on_pass(self) -> None:
         """Serve the channels that became ready in one pass of the hub, in the order they did."""
-        batch, self._ready = self._ready, []
-        if not self._libev:  # (which has reversed it already)
-            batch.reverse()
-
-        def more() -> Turn | None:
-            while batch:
-                turn = batch.pop().turn()
-                if turn is not None:
-                    return turn
-            return None
-
-        try:
-            self._turns.run_all(more)
-        finally:
-            if batch and self._hub is not None:  # a signal handler raised in here
-                self._ready += batch
-                self._hub.loop.run_callback(self._on_batch)
-            if self._pollers:
-                self._wake(self._pollers)
+        ready = self._ready
+        if ready:
+            try:
+                self._turns.serve(self._passes is not None)
+            finally:
+                # (More is due, or a signal handler raised in here.)
+                if ready and self._passes is None and self._hub is not None:
+                    self._hub.loop.run_callback(self._on_pass)
+                if self._pollers:
+                    self._wake(self._pollers)
 
     def _on_close(self, when_done: Callable[[], None]) -> None:
         """Close on a worker, since the channels' callbacks may wait."""
@@ -456,10 +467,14 @@ class GeventIOLoop(_IOLoop):
             log.debug("%r moves from %r", self, self._hub)
             self._detach()
         self._hub = hub
-        self._libev = "libev" in type(hub.loop).__module__
         self._long_waits = LongWaits(hub, self.long_wait)
         self._turns = Turns(hub, self._escape, self._on_quiet, self._long_waits.on_wait)
+        self._ready = self._turns.ready
+        self._enqueue = self._ready.append
         self._mailbox = hubs.Mailbox(hub)
+        if "libev" in type(hub.loop).__module__:
+            self._passes = hub.loop.check(ref=False, priority=hub.loop.MINPRI)
+            self._passes.start(self._on_pass)
         for registration in list(self._registrations.values()):
             try:
                 registration.attach(hub, self._turns)
@@ -491,7 +506,11 @@ class GeventIOLoop(_IOLoop):
                 self.sched.detach()
                 self._turns.close()
                 self._long_waits.close()
-                self._ready, self._runners, self._pollers = [], [], []
+                if self._passes is not None:
+                    self._passes.stop()
+                    self._passes.close()
+                    self._passes = None
+                self._runners, self._pollers = [], []
                 self._hub = None
             self._mailbox.close()
 
@@ -532,11 +551,8 @@ def _nothing() -> None:
     pass
 
 
-def _owner(target: Any, errback: Any) -> Any:
-    """The channel a scheduled call belongs to, or None."""
-    owner = getattr(target, "__self__", None)
-    if isinstance(owner, AsyncChat):
-        return owner
+def _owner(errback: Any) -> Any:
+    """The channel that a call to a function belongs to, or None."""
     owner = getattr(errback, "__self__", None)
     if isinstance(owner, AsyncChat):
         return owner

@@ -65,9 +65,15 @@ class PipeliningMixin(_FTPHandler):
         super().found_terminator()
         if self._quit_pending or getattr(self, "_ssl_accepting", False):
             self.ac_in_buffer = b""
-        if self.producer_fifo or (self.ac_in_buffer and time.monotonic() > self._slice_ends):
+        if self.producer_fifo or (self.ac_in_buffer and self._slice_is_over()):
             self._held, self.ac_in_buffer = self.ac_in_buffer, b""
             self._watch_for_writing_only()
+
+    def _slice_is_over(self) -> bool:
+        now = time.monotonic()
+        if not self._slice_ends:  # this was the first of several commands
+            self._slice_ends = now + SLICE
+        return now > self._slice_ends
 
     def writable(self) -> bool:
         """As pyftpdlib; input that waits goes on when the client could be sent a reply."""
@@ -78,7 +84,7 @@ class PipeliningMixin(_FTPHandler):
         if self.producer_fifo or self._held:
             self._watch_for_writing_only()
         else:
-            self._slice_ends = time.monotonic() + SLICE
+            self._slice_ends = 0.0
             super().handle_read()
 
     def handle_write(self) -> None:

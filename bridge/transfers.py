@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import errno
 import functools
-import random
+import io
+import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+import pyftpdlib.handlers
+from pyftpdlib.handlers import DTPHandler
+from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.log import logger
+from pyftpdlib.utils import is_ssl_sock
 
+from bridge.blocks import BURST, RECORD, SENDING, UPSTREAMS, Splice, Unspliceable, unread
 from bridge.events import StartingMixin
 from bridge.receiving import ReceivingMixin, is_bare_eof
 
@@ -31,6 +39,9 @@ if TYPE_CHECKING:
     from pyftpdlib.ioloop import AsyncChat as _AsyncChat
 else:  # mix-ins: what they extend is the class they are put before
     _AsyncChat = object
+
+_TLS: Any = getattr(pyftpdlib.handlers, "TLS_DTPHandler", DTPHandler)  # there if pyOpenSSL is installed
+_SENDS = (DTPHandler.send, _TLS.send)
 
 #: Errors that come and go with the load. The transfer that meets one gets 425, or 451 for its file.
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -55,8 +66,6 @@ TRIES = 20
 #: Linux: bind() leaves the choice of the port to connect() (ip(7)). Named by Python from 3.12 on.
 _IP_BIND_ADDRESS_NO_PORT = 24 if sys.platform == "linux" else None
 
-_choice = random.SystemRandom().choice  # what is easily guessed is easily stolen
-
 
 def transferring(control: Any) -> bool:
     """Whether a transfer runs, or was announced with 150 and waits for its data connection."""
@@ -73,8 +82,16 @@ class TransferMixin(StartingMixin, ReceivingMixin):
     """For a `dtp_handler` class: a file's errors become their replies, TLS or not."""
 
     _offset: int
+    _filefd: int
+    _fileno: int
+    cmd: str | None
     tot_bytes_sent: int
+    tot_bytes_received: int
     ac_in_buffer_size: int
+    ac_out_buffer_size: int
+    _splice: Splice | None = None
+    _in_records = False
+    _in_bursts = False
 
     def handle_failed_ssl_handshake(self) -> None:
         """As pyftpdlib, whose 522 is the reply."""
@@ -113,28 +130,36 @@ class TransferMixin(StartingMixin, ReceivingMixin):
         )
 
     def initiate_sendfile(self) -> None:
-        """As pyftpdlib; a file that can send itself (bridge.offload.OffloadedFile) does it elsewhere."""
+        """As pyftpdlib, with larger blocks, and done when all is sent: pyftpdlib waits for another event.
+
+        A file that can send itself (bridge.offload.OffloadedFile) does it elsewhere.
+        """
         send = getattr(self.file_obj, "sendfile", None)
-        if send is None:
-            super().initiate_sendfile()
-            return
-        try:
-            sent = send(self._fileno, self._offset)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno in _ERRNOS_DISCONNECTED:
+        size = SENDING if self.ac_out_buffer_size == UPSTREAMS else self.ac_out_buffer_size
+        for _ in range(2):  # the second time to hear whether this was the end, or all the socket takes now
+            try:
+                if send is None:
+                    sent = os.sendfile(self._fileno, self._filefd, self._offset, size)
+                else:
+                    sent = send(self._fileno, self._offset)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _ERRNOS_DISCONNECTED:
+                    self.handle_close()
+                elif self.tot_bytes_sent == 0 and error.errno not in LIMITS:
+                    raise _GiveUpOnSendfile from error
+                else:
+                    raise _FileReadWriteError(error) from error
+                return
+            if not sent:
+                self.discard_buffers()
                 self.handle_close()
-            elif self.tot_bytes_sent == 0 and error.errno not in LIMITS:
-                raise _GiveUpOnSendfile from error
-            else:
-                raise _FileReadWriteError(error) from error
-            return
-        self._offset += sent
-        self.tot_bytes_sent += sent
-        if not sent:
-            self.discard_buffers()
-            self.handle_close()
+                return
+            self._offset += sent
+            self.tot_bytes_sent += sent
+            if sent >= size:
+                return
 
     def enable_receiving(self, type: str, cmd: str) -> None:
         """As pyftpdlib; a file for which each write is a trip gets more at a time."""
@@ -145,11 +170,87 @@ class TransferMixin(StartingMixin, ReceivingMixin):
             left = getattr(self.cmd_channel, "_upload_limit", None)
             if left is not None:
                 self._limit(left)
+            self._choose_how_to_read()
+
+    def _choose_how_to_read(self) -> None:
+        """By splice, by bursts of TLS records, or as pyftpdlib does."""
+        recv: Any = type(self).recv
+        read: Any = super().handle_read
+        if read.__func__ is not DTPHandler.handle_read or self.ac_in_buffer_size != UPSTREAMS:
+            return  # the program wants to see what is read, or knows how much that should be
+        if recv is AsyncChat.recv:
+            if self._data_wrapper is None:
+                self._splice = Splice.into(self.file_obj)
+        elif recv is _TLS.recv:
+            self._in_records = True
+
+    def handle_read(self) -> None:
+        """As pyftpdlib; by splice if that is possible."""
+        if self._splice is None:
+            super().handle_read()
+        else:
+            self._receive(self._splice)
+
+    def handle_read_event(self) -> None:
+        """As pyftpdlib; by splice if that is possible, and several TLS records at a time."""
+        if self._splice is not None:
+            self._receive(self._splice)
+            return
+        super().handle_read_event()
+        if self._in_records:
+            until = monotonic() + BURST
+            while not self._closed and monotonic() < until and unread(self._fileno) > RECORD:
+                super().handle_read_event()
+
+    def initiate_send(self) -> None:
+        """As pyftpdlib, with several TLS records or pieces of a listing at a time."""
+        until = monotonic() + BURST
+        while True:
+            before = self.tot_bytes_sent
+            super().initiate_send()
+            if self._closed or not self.producer_fifo or self.tot_bytes_sent == before:
+                return
+            if monotonic() > until or not self._in_bursts:
+                return
+
+    def _receive(self, splice: Splice) -> None:
+        try:
+            received = splice.receive(self._fileno)
+        except BlockingIOError:
+            return
+        except Unspliceable as error:
+            self._splice = None
+            self._write(error.args[0])
+            return
+        except OSError as error:
+            if error.errno in _ERRNOS_DISCONNECTED:
+                self.handle_close()  # ReceivingMixin sees why
+            else:
+                self.handle_error()
+            return
+        self.tot_bytes_received += received
+        if not received:
+            self.handle_close()
+
+    def _write(self, chunk: bytes) -> None:
+        self.tot_bytes_received += len(chunk)
+        try:
+            self.file_obj.write(chunk)
+        except OSError as error:
+            raise _FileReadWriteError(error) from error
 
     def push_with_producer(self, producer: Any) -> None:
         """As pyftpdlib, and the event."""
+        if self.cmd is None:
+            self.cmd = self.cmd_channel.command  # pyftpdlib tells us afterwards, when all may be over
         if self._start():
+            if type(self).send in _SENDS and type(self.file_obj) in (NoneType, io.BufferedReader):
+                self._in_bursts = True  # others' files may wait, and others' send may count
+                if is_ssl_sock(self.socket):
+                    producer.buffer_size = RECORD
             super().push_with_producer(producer)
+            if self._closed:
+                self.__dict__.pop("initiate_send", None)  # a cycle
 
     def handle_timeout(self) -> None:
         """As pyftpdlib; without a TLS shutdown, which the client would let us wait for again."""
@@ -160,11 +261,16 @@ class TransferMixin(StartingMixin, ReceivingMixin):
 
     def close(self) -> None:
         """As pyftpdlib; what fails when an uploaded file is closed is told, not raised."""
-        self._end_progress()
-        if not (self._closed or self._settled):
+        if self._progress is not None:
+            self._end_progress()
+        if self._closed:
+            return
+        if not self._settled and (self.receive or hasattr(self, "_ssl_accepting")):
             self._settle()
             if self._closed:  # meanwhile
                 return
+        if self._splice is not None:
+            self._splice.close()
         super().close()
 
 
@@ -204,7 +310,9 @@ class _ReusesAddresses(_AsyncChat):
             ports = ()
         for _ in range(TRIES if ports else 0):
             try:
-                super().bind((addr[0], _choice(ports), *addr[2:]))
+                # What is easily guessed is easily stolen.
+                port = ports[int.from_bytes(os.urandom(4), "little") % len(ports)]
+                super().bind((addr[0], port, *addr[2:]))
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
@@ -240,6 +348,11 @@ class PassiveMixin(_ReusesAddresses):
             raise OSError(errno.EADDRINUSE, "all passive ports are in use")
         else:
             self._bind_to_any(addr)
+
+    def close(self) -> None:
+        """As pyftpdlib, which would write to the debug log each time it is called."""
+        if not self._closed:
+            super().close()
 
     def handle_accept(self) -> None:
         """As pyftpdlib; a shortage is told to the client."""

@@ -11,10 +11,10 @@ The rules, and why they hold:
    sees a half-made change.
 2. What becomes due for a busy session goes to its backlog (the ioloop asks `Session.worker` first). The
    worker empties the backlog before it gives the session up, so nothing is lost and order holds.
-3. Jobs that do not wait cost two switches together: hub to worker, worker to hub (`Turns.run_all`; 0.91 of
-   the CPU for a command of 50 sessions at once, against two switches for each). The worker that did not
-   wait is kept as the *spare* for the next turn: a new greenlet costs 10.9 us on CPython 3.11, a reused
-   one 1.0 us, context included.
+3. Channels that are ready together cost two switches together, unless one of them waits: hub to worker,
+   worker to hub (`Turns.serve`; 0.91 of the CPU for a command of 50 sessions at once, against two switches
+   for each). The worker that did not wait is kept as the *spare* for the next turn: a new greenlet costs
+   10.9 us on CPython 3.11, a reused one 1.0 us, context included.
 4. A worker that has waited is not used again. While it waited, others could take hold of it: a
    `gevent.Timeout` nobody closed, a `kill()` somebody scheduled. Those must not strike the next session.
    (DESIGN.md kept these in the pool too; a turn that waits costs a trip through the hub and a timer
@@ -28,10 +28,9 @@ The rules, and why they hold:
 from __future__ import annotations
 
 import contextvars
-from collections import deque
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 from greenlet import GreenletExit, getcurrent, greenlet
 from greenlet import error as GreenletError
@@ -40,8 +39,9 @@ from greenlet import error as GreenletError
 #: for the caller of `loop()` (KeyboardInterrupt, SystemExit, asyncore.ExitNow).
 Job = Callable[[Any], None]
 
-#: What `Turns.run` takes: an idle session, its control connection, a job and its argument.
-Turn = tuple["Session", Any, Job, Any]
+#: Seconds that channels which are ready together are served before others on the hub have their turn. Below
+#: the 5 ms after which a request to a web application beside 50 transfers should be answered.
+SLICE = 0.004
 
 #: Where a control connection keeps its session. An attribute, not a table: the two then live and die
 #: together, also when user code makes the session's context point back at the handler.
@@ -54,6 +54,22 @@ class Interrupt(GreenletExit):
     Whoever throws it has put into the session's backlog what is to happen instead. A plain GreenletExit
     ends the session.
     """
+
+
+class Channel(Protocol):
+    """What `Turns.serve` needs to know of a channel."""
+
+    #: Whose turn an event of it is; None if it makes a session for each.
+    session: Session | None
+    control: Any
+    #: None when the channel is not served any more.
+    watcher: Any
+
+    def admit(self) -> Session | None:
+        """The idle session whose turn it is, when that is not `session`; None if there is no turn now."""
+
+    def handle(self) -> None:
+        """One turn."""
 
 
 class Session:
@@ -71,12 +87,12 @@ class Session:
         #: The worker that has the turn; None while the session is idle.
         self.worker: Worker | None = None
         #: (control, job, argument) that became due during a turn, oldest first.
-        self.backlog: deque[tuple[Any, Job, Any]] | None = None
+        self.backlog: list[tuple[Any, Job, Any]] | None = None
 
     def defer(self, control: Any, job: Job, argument: Any) -> None:
         """Keep a job of a busy session for the end of its turn."""
         if self.backlog is None:
-            self.backlog = deque()
+            self.backlog = []  # no deque: what waits is one or two jobs
         self.backlog.append((control, job, argument))
 
 
@@ -118,13 +134,12 @@ class Worker(greenlet):
                 self.session = each
                 self.gr_context = each.context
             while each.backlog:
-                self.control, job, argument = each.backlog.popleft()
+                self.control, job, argument = each.backlog.pop(0)
                 try:
                     job(argument)
                 except BaseException as error:
                     self.turns.on_escape(error)
-            if each is not session:
-                each.worker = None
+            each.worker = None
         self.held = None
 
 
@@ -133,37 +148,50 @@ def _work() -> None:
     worker: Any = getcurrent()
     turns: Turns = worker.turns
     hub = turns.hub
+    ready = turns.ready
     hub_switch = greenlet.switch  # the hub's own switch() only adds a check for callbacks that block
     while True:
         # An idle worker must keep neither the last session alive nor itself.
-        session = control = job = argument = worker = turn = None
+        session = job = argument = channel = worker = None
         try:
-            session, control, job, argument = hub_switch(hub)
+            job, argument = hub_switch(hub)
         except GreenletExit:  # with its ioloop, or by a late kill
             if turns.spare is getcurrent():
                 turns.spare = None
             return
         worker = getcurrent()
-        while True:
-            worker.session = session
-            worker.control = control
+        if job is not None:  # one turn: `Turns.run` has set session, control and context
             try:
                 job(argument)
             except BaseException as error:
                 turns.on_escape(error)
-            if session.backlog or worker.held is not None:
-                worker.finish(session)
-            session.worker = None
-            worker.session = worker.control = None
-            if worker.waited:
-                turns.ended(worker)
-                return
-            turn = None if turns.more is None else turns.more()
-            if turn is None:
-                break
-            session, control, job, argument = turn
-            session.worker = worker
-            worker.gr_context = session.context
+            worker.finish(worker.session)
+        else:
+            while ready:  # a turn for each; all that is done for every event in one frame
+                channel = ready.pop()
+                session = channel.session
+                if session is None or session.worker is not None or channel.watcher is None:
+                    session = channel.admit()
+                    if session is None:
+                        continue
+                session.worker = worker
+                worker.session = session
+                worker.control = channel.control
+                worker.gr_context = session.context
+                try:
+                    channel.handle()
+                except BaseException as error:
+                    turns.on_escape(error)
+                if session.backlog or worker.held is not None:
+                    worker.finish(session)
+                else:
+                    session.worker = None
+                if worker.waited or (ready and monotonic() > turns.slice_ends):
+                    break
+        worker.session = worker.control = None
+        if worker.waited:
+            turns.ended(worker)
+            return
         if turns.closed or turns.spare is not None:
             return
         turns.spare = worker
@@ -177,7 +205,10 @@ class Turns:
     workers whose turns wait, when one begins to.
     """
 
-    __slots__ = ("closed", "hub", "more", "on_escape", "on_quiet", "on_wait", "spare", "waiting")
+    __slots__ = (
+        *("_left", "closed", "hub", "on_escape", "on_quiet", "on_wait", "ready", "slice_ends", "spare"),
+        "waiting",
+    )
 
     def __init__(
         self,
@@ -195,8 +226,12 @@ class Turns:
         #: Workers whose turn waits.
         self.waiting: set[Worker] = set()
         self.closed = False
-        #: Gives the next turn of those being run.
-        self.more: Callable[[], Turn | None] | None = None
+        #: Channels with events to be served, the next one last.
+        self.ready: list[Channel] = []
+        #: When a worker leaves the rest of them to the hub's next pass (`time.monotonic()`).
+        self.slice_ends = 0.0
+        #: How many of `ready`, its first ones, the last slice has left.
+        self._left = 0
 
     # --- runs in the hub: must not block
 
@@ -210,25 +245,50 @@ class Turns:
         else:
             self.spare = None
         session.worker = worker
+        worker.session = session
+        worker.control = control
         worker.gr_context = session.context
-        worker.switch(session, control, job, argument)
+        worker.switch(job, argument)
         if worker.session is not None:
-            worker.waited = True
-            worker.waiting_since = monotonic()
-            self.waiting.add(worker)
-            self.on_wait(self.waiting)
+            self._waits(worker)
 
-    def run_all(self, more: Callable[[], Turn | None]) -> None:
-        """Run one turn after the other as *more* gives them; return when there is none left.
+    def serve(self, oldest_last: bool) -> None:
+        """Give every channel that is `ready` its turn, the oldest first; *oldest_last*: how they are ordered.
 
-        One worker runs them, until one waits; then the next worker goes on.
+        One worker goes from one to the next, until a turn waits; then the next worker goes on. After
+        SLICE seconds the rest stays in `ready`, for others on the hub.
         """
-        self.more = more
-        try:
-            while (turn := more()) is not None:
-                self.run(*turn)
-        finally:
-            self.more = None
+        ready = self.ready
+        if self._left or not oldest_last:
+            left, new = ready[: self._left], ready[self._left :]
+            if not oldest_last:
+                new.reverse()
+            known = set(map(id, left))  # what was left has become ready once more
+            ready[:] = [channel for channel in new if id(channel) not in known] + left
+            self._left = 0
+        if self.closed:
+            ready.clear()
+        if len(ready) > 1:
+            self.slice_ends = monotonic() + SLICE
+        while ready:
+            worker = self.spare
+            if worker is None:
+                worker = Worker(self)
+                worker.switch()
+            else:
+                self.spare = None
+            worker.switch(None, None)
+            if worker.session is not None:
+                self._waits(worker)
+            elif ready:
+                self._left = len(ready)
+                return
+
+    def _waits(self, worker: Worker) -> None:
+        worker.waited = True
+        worker.waiting_since = monotonic()
+        self.waiting.add(worker)
+        self.on_wait(self.waiting)
 
     # --- runs in a worker greenlet: may wait
 
@@ -250,9 +310,9 @@ class Turns:
             return known
         worker = getcurrent()
         session: Session
-        if isinstance(worker, Worker) and worker.turns is self and worker.session is not None:
-            if worker.session.vacant:
-                session = worker.session
+        if type(worker) is Worker and worker.turns is self and worker.session is not None:
+            session = worker.session
+            if session.vacant:
                 session.vacant = False
                 worker.control = control
                 worker.held = []
@@ -280,6 +340,7 @@ class Turns:
     def close(self) -> None:
         """End the idle worker and use no other again. Waiting turns are the caller's to kill."""
         self.closed = True
+        self.ready.clear()
         spare, self.spare = self.spare, None
         if spare is not None:
             try:

@@ -137,6 +137,11 @@ class AtomicFile:
                 raise
             self._file.close()  # somebody's remove_leftovers() was faster than our lock
 
+    @property
+    def plain(self) -> Any:
+        """The file that is written, for who need not go through `write` (bridge.blocks)."""
+        return self._file
+
     def write(self, data: Any) -> int:
         """As a file's."""
         return int(self._file.write(data))

@@ -10,8 +10,9 @@ from pyftpdlib.authorizers import AuthenticationFailed, DummyAuthorizer
 from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers import FTPHandler
 
-#: Seconds after which a gate gives up, so that a broken test ends with an error instead of a hang.
-PATIENCE = 20.0
+#: Seconds after which a gate gives up, so that a broken test ends with an error instead of a hang. More than
+#: all that a test does before it opens the gate.
+PATIENCE = 100.0
 
 
 class Gate:

@@ -15,8 +15,8 @@ import pytest
 from fakes import Gate, RecordingHandler
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.filesystems import AbstractedFS
-from pyftpdlib.handlers import DTPHandler, FTPHandler
-from support import eventually
+from pyftpdlib.handlers import FTPHandler
+from support import eventually, time_out
 from uploading import (
     ENDS,
     HUB_AND_THREADS,
@@ -87,13 +87,12 @@ def test_the_reply_is_the_programs(tmp_path: Path, answer: Any, reply: str, fs: 
 @HUB_AND_THREADS
 def test_the_226_waits_for_the_program(tmp_path: Path, tls: bool, offload: bool) -> None:
     gate = Gate()
-    # The connection's time limit is not for the program.
-    channel = {} if tls else {"dtp_handler": type("DataHandler", (DTPHandler,), {"timeout": 0.02})}
-    more: dict[str, Any] = {"answer": staticmethod(gate.wait), **channel}
+    more: dict[str, Any] = {"answer": staticmethod(gate.wait)}
     with site(tmp_path, tls, offload, Confirming, AtomicFS if not offload else AbstractedFS, **more) as it:
         with it.client() as client:
             waiting = gevent.spawn(store, client, "STOR file", CONTENT)
             gate.arrived()
+            time_out(it.control().data_channel, 0.02)  # which is not for the program
             gevent.sleep(0.05)
             assert not waiting.ready()
             assert it.server.sessions()[0].waiting_since

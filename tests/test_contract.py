@@ -21,7 +21,7 @@ from gevent import monkey
 from pyftpdlib.handlers import DTPHandler, FTPHandler, ThrottledDTPHandler
 from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.servers import FTPServer, MultiprocessFTPServer, ThreadedFTPServer
-from support import PATIENCE, handler_class, serving_in_thread, users
+from support import PATIENCE, handler_class, serving_in_thread, time_out, users
 
 from bridge import GeventIOLoop
 
@@ -170,8 +170,12 @@ def test_an_idle_session_is_ended(loop_class: Any, tmp_path: Path) -> None:
 
 
 def test_a_stalled_transfer_is_ended(loop_class: Any, tmp_path: Path) -> None:
-    stalling = type("DTP", (DTPHandler,), {"timeout": 0.05})
-    with serving_in_thread(handler_class(users(tmp_path), dtp_handler=stalling), loop_class) as server:
+    class Stalling(DTPHandler):
+        def enable_receiving(self, *args: Any) -> None:
+            super().enable_receiving(*args)
+            time_out(self, 0.05)  # not before: the client may take its time to connect and to say what for
+
+    with serving_in_thread(handler_class(users(tmp_path), dtp_handler=Stalling), loop_class) as server:
         client = ftplib.FTP(timeout=PATIENCE)
         client.connect(*server.address)
         client.login("u", "p")

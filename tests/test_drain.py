@@ -25,6 +25,8 @@ needs_lftp = pytest.mark.skipif(shutil.which("lftp") is None, reason="lftp is no
 
 CLIENTS = [pytest.param("curl", marks=needs_curl), pytest.param("lftp", marks=needs_lftp)]
 CONCURRENCY = ["async", "pre-fork"]
+#: Enough for a transfer on the busiest machine; by default it is cut after 10 s.
+PATIENT = ("--stop-timeout", "1000")
 
 
 @contextlib.contextmanager
@@ -63,22 +65,26 @@ def idle_session(server: Command) -> Iterator[ftplib.FTP]:
 
 def assert_gone(session: ftplib.FTP) -> None:
     with pytest.raises(ftplib.error_temp, match=r"^421 Service shutting down"):
-        session.pwd()
+        session.voidresp()
 
 
 @pytest.mark.parametrize("concurrency", CONCURRENCY)
 @pytest.mark.parametrize("name", CLIENTS)
 def test_a_download_completes(tmp_path: Path, name: str, concurrency: str) -> None:
     (tmp_path / "file").write_bytes(CONTENT)
-    with Command("--concurrency", concurrency, directory=tmp_path) as server, idle_session(server) as idle:
+    with (
+        Command(*PATIENT, "--concurrency", concurrency, directory=tmp_path) as server,
+        idle_session(server) as idle,
+    ):
         with client(name, "down", server) as process:
             assert process.stdout is not None
             start = process.stdout.read(MB)
             server.send(signal.SIGTERM)
             server.logged("1 session.* to end, 1 of them after their transfer|2 session.*, 1 of them")
             assert_gone(idle)
-            assert start + process.stdout.read() == CONTENT
-            assert process.wait(LIMIT) == 0, process.stderr
+            content = start + process.stdout.read()
+            whole = process.wait(LIMIT) == 0 and content == CONTENT
+            assert whole, (len(content), CONTENT.startswith(content), process.communicate(), server.output)
         code, output = server.wait()
         assert code == 0, output
         assert "1 transfer(s) finished, 0 failed and 0 cut" in output
@@ -98,7 +104,7 @@ def upload_through_a_drain(server: Command, process: subprocess.Popen[bytes]) ->
 @pytest.mark.parametrize("concurrency", CONCURRENCY)
 @pytest.mark.parametrize("name", CLIENTS)
 def test_an_upload_completes(tmp_path: Path, name: str, concurrency: str) -> None:
-    with Command("-w", "--concurrency", concurrency, directory=tmp_path) as server:
+    with Command(*PATIENT, "-w", "--concurrency", concurrency, directory=tmp_path) as server:
         with client(name, "up", server) as process:
             upload_through_a_drain(server, process)
         code, output = server.wait()
@@ -113,7 +119,7 @@ def test_an_upload_over_tls_completes(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     pem = str(certificate(tmp_path))
-    with Command("-w", "--tls", "--certfile", pem, directory=home) as server:
+    with Command(*PATIENT, "-w", "--tls", "--certfile", pem, directory=home) as server:
         with client("curl", "up", server, "--ssl-reqd -k") as process:
             upload_through_a_drain(server, process)
         code, output = server.wait()

@@ -27,6 +27,7 @@ import sys
 if "patched" in sys.argv:
     from gevent import monkey; monkey.patch_all()
 import logging, os, signal, tempfile
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in a shell's background ignores it
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
 import gevent
 from pyftpdlib.servers import FTPServer, MultiprocessFTPServer

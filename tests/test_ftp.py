@@ -158,10 +158,13 @@ def test_directory_is_shared_instead_of_the_current_one(tmp_path: Path) -> None:
 
 
 def test_interface_is_the_one_address_it_listens_on(tmp_path: Path) -> None:
-    with Command("-i", "127.0.0.2", directory=tmp_path) as server:
-        assert server.host == "127.0.0.2"
-        with pytest.raises(ConnectionRefusedError):
-            connect(server)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen: the port is not another program's
+        port = nobody.getsockname()[1]
+        with Command("-i", "127.0.0.2", "-p", str(port), directory=tmp_path) as server:
+            assert (server.host, server.port) == ("127.0.0.2", port)
+            with pytest.raises(ConnectionRefusedError):
+                connect(server)
 
 
 def passive_port(reply: str) -> int:
@@ -227,7 +230,7 @@ def test_encoding_is_that_of_names_on_the_wire(tmp_path: Path, options: list[str
 def test_timeout_ends_an_idle_session_with_421(tmp_path: Path) -> None:
     with (
         Command("--timeout", "1", directory=tmp_path) as server,
-        log_in(server) as client,
+        connect(server) as client,
         pytest.raises(ftplib.error_temp, match=r"^421 Control connection timed out"),
     ):
         client.getresp()
@@ -305,7 +308,7 @@ def tls_client(server: Command) -> ftplib.FTP_TLS:
 def test_tls_protects_commands_and_data_of_clients_who_ask(tmp_path: Path, pem: str) -> None:
     content = os.urandom(1 << 20)
     with Command("-w", "--tls", "--certfile", pem, directory=tmp_path) as server:
-        assert f"curl --ssl-reqd -k ftp://localhost:{server.port}/" in server.stdout
+        server.printed(rf"curl --ssl-reqd -k ftp://localhost:{server.port}/$")
         with tls_client(server) as client:
             client.login()  # AUTH TLS first
             client.prot_p()

@@ -67,8 +67,8 @@ def listed(ftp: ftplib.FTP, path: str = "") -> list[list[str]]:
 
 def abort(ftp: ftplib.FTP, data: Any) -> None:
     ftp.putcmd("ABOR")
-    data.close()
     assert ftp.getmultiline()[:3] == "426"
+    data.close()  # only now: before, it could be taken for the end of the file
     assert ftp.getmultiline()[:3] in ("225", "226")
 
 
@@ -196,7 +196,7 @@ def test_web_pages_are_streamed_and_a_slow_one_stalls_its_own_session(
         with ftp.transfercmd("RETR gated") as data:
             file = data.makefile("rb")
             assert file.read(HALF) == BIG[:HALF]
-            assert web.asked.is_set()
+            assert web.asked.wait(PATIENCE)
             assert other.voidcmd("NOOP").startswith("200")
             assert retrieve(other, "big") == BIG
             web.gate.set()

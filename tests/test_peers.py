@@ -16,20 +16,31 @@ from cli import certificate
 from fakes import Gate, WaitingAuthorizer
 from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers import FTPHandler
-from support import Client, assert_idle, encrypted, eventually, handler_class, reset, started, users, vanish
+from support import (
+    Client,
+    assert_idle,
+    encrypted,
+    eventually,
+    handler_class,
+    reset,
+    settled,
+    started,
+    time_out,
+    users,
+    vanish,
+)
 
 #: More than the kernel buffers on both sides of a loopback connection (below 10 MB by default).
 BIG = bytes(range(256)) * (16 << 12)
-#: Seconds until a server that is told to gives up a peer. Enough for a client to get where it is to fail.
+#: Seconds until a server that is told to gives up a peer that has got where it is to fail.
 TIMEOUT = 0.4
 
 
 @contextlib.contextmanager
-def serving(home: Path, base: Any = FTPHandler, timeouts: Any = (), **attributes: Any) -> Iterator[Any]:
+def serving(home: Path, base: Any = FTPHandler, **attributes: Any) -> Iterator[Any]:
     """A server that must have released everything, and still serve, when the test ends.
 
-    Those of `timeout`, `dtp_handler` and `passive_dtp` that are in *timeouts* take TIMEOUT seconds, the
-    others the 30 and 300 of pyftpdlib. `server.files` are those that its file system has opened.
+    `server.files` are those that its file system has opened.
     """
     files: list[Any] = []
 
@@ -38,9 +49,6 @@ def serving(home: Path, base: Any = FTPHandler, timeouts: Any = (), **attributes
             files.append(super().open(filename, mode))
             return files[-1]
 
-    for name in timeouts:
-        was = getattr(base, name)
-        attributes[name] = TIMEOUT if name == "timeout" else type(name, (was,), {"timeout": TIMEOUT})
     attributes = {"authorizer": users(home), "abstracted_fs": FS, **attributes}
     with started(handler_class(base=base, **attributes), files=files) as server:
         yield server
@@ -111,6 +119,7 @@ def peer(server: Any, state: str) -> Iterator[Any]:
             (data or client.sock).sendall(step)
         elif step == "connect":
             data = client.data()
+            eventually(lambda: session.handler.data_channel)
         elif step == "encrypt" and data is not None:
             data = encrypted(data)
         elif step == "encrypt":
@@ -125,6 +134,18 @@ def peer(server: Any, state: str) -> Iterator[Any]:
     finally:
         for connection in filter(None, (data, client)):
             reset(connection)
+
+
+def hurry(server: Any, *names: str) -> None:
+    """Give the only session, its data connection or its passive port TIMEOUT from now on.
+
+    Else they have the 30 and 300 seconds of pyftpdlib, in which every peer gets where it is to fail.
+    """
+    control = server.sessions()[0].handler
+    for name in names:
+        channel = control if name == "control" else getattr(control, name)
+        if channel is not None:
+            time_out(channel, TIMEOUT)
 
 
 # --- how it fails
@@ -152,8 +173,8 @@ def test_a_session_ends_with_its_control_connection(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SO_ATTACH_FILTER is Linux's")
 @pytest.mark.parametrize("state", list(STATES))
 def test_a_peer_that_vanishes_is_given_up(home: Path, state: str, attributes: Any) -> None:
-    timeouts = ("timeout", "dtp_handler", "passive_dtp")
-    with serving(home, timeouts=timeouts, **attributes) as server, peer(server, state) as (client, data):
+    with serving(home, **attributes) as server, peer(server, state) as (client, data):
+        hurry(server, "control", "data_channel", "_dtp_acceptor")
         for sock in filter(None, (client.sock, data)):
             vanish(sock)
         assert_idle()
@@ -200,16 +221,17 @@ def test_a_download_does_not_need_the_other_direction(home: Path) -> None:
 
 @pytest.mark.parametrize("state", ["data-connected", "download", "data-handshake", "encrypted-download"])
 def test_a_data_connection_that_stalls_is_given_up(home: Path, state: str, attributes: Any) -> None:
-    timeouts = ["dtp_handler"]
-    with serving(home, timeouts=timeouts, **attributes) as server, peer(server, state) as (client, _):
+    with serving(home, **attributes) as server, peer(server, state) as (client, _):
+        hurry(server, "data_channel")
         assert_idle()
         assert client.reply() == "421 Data connection timed out."
         assert client.ended()
 
 
 def test_a_port_where_nobody_connects_is_closed(home: Path) -> None:
-    with serving(home, timeouts=["passive_dtp"]) as server, Client(server) as client:
+    with serving(home) as server, Client(server) as client:
         port = int(client.command("EPSV", "229").split("|")[3])
+        hurry(server, "_dtp_acceptor")
         assert_idle()
         assert client.reply() == "421 Passive data channel timed out."
         with pytest.raises(ConnectionRefusedError):
@@ -225,10 +247,11 @@ def test_a_port_where_nobody_connects_is_closed(home: Path) -> None:
 def test_a_transfer_whose_data_connection_never_comes_is_over(
     home: Path, state: str, give_up: str | None, replies: list[str]
 ) -> None:
-    timeouts = () if give_up else ["passive_dtp"]
-    with serving(home, timeouts=timeouts) as server, peer(server, state) as (client, _):
+    with serving(home) as server, peer(server, state) as (client, _):
         if give_up:
             client.send(give_up)
+        else:
+            hurry(server, "_dtp_acceptor")
         assert [client.reply()[:3] for _ in replies] == replies
         assert server.files[0].closed
         if give_up == "USER u":
@@ -285,10 +308,7 @@ def flood(command: str) -> bytes:
 def stops(handler: Any) -> None:
     """Wait until a flooded handler, all buffers on the way to its client full, handles no more commands."""
     eventually(lambda: handler._held)
-    before = 0.0
-    while before != handler.last_active:
-        before = handler.last_active
-        gevent.sleep(0.05)
+    settled(lambda: handler.last_active)
 
 
 @pytest.fixture
@@ -319,10 +339,10 @@ def test_a_client_that_reads_late_gets_every_reply_and_takes_no_memory(directory
 def test_a_client_that_floods_and_never_reads_is_given_up(
     directory: Path, state: str, attributes: Any
 ) -> None:
-    timeouts = ["timeout"]
-    with serving(directory, timeouts=timeouts, **attributes) as server, peer(server, state) as (client, _):
+    with serving(directory, **attributes) as server, peer(server, state) as (client, _):
         sender = gevent.spawn(client.sock.sendall, flood("STAT directory"))
         stops(server.sessions()[0].handler)
+        hurry(server, "control")
         assert_idle()
         eventually(lambda: not server.sessions())
         with contextlib.suppress(OSError):
@@ -391,7 +411,7 @@ def test_every_client_gets_its_own_replies_however_often_descriptors_are_used_ag
             reset(client)
         gevent.joinall([gevent.spawn(come_and_go) for _ in range(6)], raise_error=True)
         assert_idle()
-        assert len(server.sessions()) == 10
+        eventually(lambda: len(server.sessions()) == 10)
         gate.open()
         for client, mine in waiting[1::2]:
             assert [client.reply() for _ in range(3)][1:] == ["230 Login successful.", mine]

@@ -16,7 +16,7 @@ import pytest
 from fakes import Gate, RecordingHandler, WaitingAuthorizer, WaitingFS
 from gevent import monkey
 from pyftpdlib.handlers import FTPHandler, ThrottledDTPHandler
-from support import Client, eventually, handler_class, serving, started, users
+from support import PATIENCE, Client, eventually, handler_class, serving, started, users
 
 import bridge
 from bridge import GeventFTPServer, GeventIOLoop
@@ -380,7 +380,7 @@ def test_a_turn_that_waits_long_is_named_once_with_its_line(
             slow.send("RETR slow")
     [message] = [text for text in caplog.messages if "has waited" in text]
     assert re.search(
-        r"^<Handler\(.*user='slow'\)> has waited 0\.\d s in its turn, at .*fakes\.py:\d+ in wait: "
+        r"^<Handler\(.*user='slow'\)> has waited \d+\.\d s in its turn, at .*fakes\.py:\d+ in wait: "
         r"if not self\._open\.wait\(PATIENCE\):$",
         message,
     )
@@ -388,7 +388,7 @@ def test_a_turn_that_waits_long_is_named_once_with_its_line(
 
 def test_a_short_wait_is_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     handler = handler_class(users(tmp_path, WaitingAuthorizer(seconds=0.02)))
-    with long_wait(0.5) as ioloop, started(handler, ioloop) as server, Client(server):
+    with long_wait(20) as ioloop, started(handler, ioloop) as server, Client(server):
         pass
     assert not [text for text in caplog.messages if "has waited" in text]
 
@@ -400,12 +400,19 @@ def test_long_wait_0_names_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert not [text for text in caplog.messages if "has waited" in text]
 
 
+@pytest.mark.blocks
 def test_what_blocks_the_hub_is_named_once_with_its_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def named() -> int:
+        return sum("in ftp_STAT: " in text for text in caplog.messages)
+
     class Blocking(FTPHandler):
         def ftp_STAT(self, line: str) -> None:
-            _native_sleep(0.4)  # everybody
+            before, deadline = named(), time.monotonic() + PATIENCE
+            while named() == before and time.monotonic() < deadline:
+                _native_sleep(0.01)  # everybody
+            _native_sleep(0.2)  # and is not named again
             self.respond("211 Done.")
 
     end = watch_hub(gevent.get_hub(), 0.05)
@@ -418,11 +425,12 @@ def test_what_blocks_the_hub_is_named_once_with_its_line(
         end()
         while monitor_runs(thread):
             gevent.sleep(0.001)
-    messages = [text for text in caplog.messages if "blocks the hub" in text]
+    # (On a busy machine others may be named besides.)
+    messages = [text for text in caplog.messages if "in ftp_STAT: " in text]
     assert len(messages) == 2
     for message in messages:
         assert "user='u'" in message
-        assert "in ftp_STAT: _native_sleep(0.4)" in message
+        assert "blocks the hub" in message
 
 
 def monitor_runs(thread: Any) -> bool:

@@ -20,9 +20,8 @@ import scarcity
 from cli import LIMIT, Command
 from fakes import RecordingHandler
 from pyftpdlib.filesystems import AbstractedFS
-from pyftpdlib.handlers import DTPHandler
 from scarcity import lines_of
-from support import Client, eventually, handler_class, reset, serving, users
+from support import Client, eventually, handler_class, reset, serving, time_out, users
 from test_drain import CLIENTS, CONCURRENCY, client
 from uploading import (
     ENDS,
@@ -84,7 +83,7 @@ def test_clients_neither_see_nor_reach_hidden_files(tmp_path: Path, offload: boo
         for command in ("LIST", "NLST", "MLSD"):
             with client.data() as data:
                 client.command(command, "1")
-                listed = data.recv(65536)
+                listed = b"".join(iter(lambda: data.recv(65536), b""))
             assert client.reply().startswith("226")
             assert b".hidden~" in listed
             assert SUFFIX.encode() not in listed
@@ -122,11 +121,12 @@ def test_nothing_is_left_of_an_upload_that_ends_early(
 
 
 def test_an_upload_that_times_out_leaves_nothing(tmp_path: Path) -> None:
-    channel = type("DataHandler", (DTPHandler,), {"timeout": 0.05})
-    with site(tmp_path, False, fs=AtomicFS, dtp_handler=channel) as it, it.client() as client:
+    with site(tmp_path, False, fs=AtomicFS) as it, it.client() as client:
         with client.data() as data:
             client.command("STOR file", "1")
             data.sendall(HALF)
+            it.in_progress(len(HALF))
+            time_out(it.control().data_channel, 0.05)
             assert client.reply().startswith("421")
         assert (it.visible(), it.hidden()) == (set(), [])
         assert it.events[-1][0] != "received"

@@ -95,11 +95,10 @@ def test_watchers_of_a_waiting_session_rest(tmp_path: Path) -> None:
         client.send("USER slow", "PASS p")
         gate.arrived()
         client.send("NOOP")
-        gevent.sleep(0.01)
         (registration,) = (
             each for each in server.ioloop._registrations.values() if isinstance(each.channel, handler)
         )
-        assert registration.parked
+        eventually(lambda: registration.parked)
         assert not registration.watcher.active
         gate.open()
         assert [client.reply()[:3] for _ in range(3)] == ["331", "230", "200"]
@@ -357,7 +356,7 @@ def test_timers_of_a_busy_session_wait_for_the_end_of_its_turn(tmp_path: Path) -
         gate.open()
         client.reply()
         assert client.reply().startswith("230")
-        gevent.sleep(0.01)
+        eventually(lambda: len(order) == 3)
     assert order == ["turn", "zero", "later"]
 
 
