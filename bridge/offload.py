@@ -9,7 +9,9 @@ hub and so everybody. Here such calls run on threads while the turn waits.
   write: close() then leaves that to the thread, and returns.
 
 Costs (measured, Python 3.11): a call through the pool takes some 60 us of CPU, so files are read ahead and
-sent in blocks of BLOCK, and listings are made in batches.
+sent in large blocks, uploads are spliced (bridge.blocks), and listings are made in batches.
+
+(Over 400 lines: what is offloaded of a file system, of its listings and of its files is one decision.)
 """
 
 from __future__ import annotations
@@ -26,13 +28,20 @@ from gevent import monkey
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.filesystems import AbstractedFS
 
+from bridge.blocks import RECEIVING, SENDING, Splice, Unspliceable, unread
 from bridge.threads import THREADS, Threads, on_one
+
+# --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
+from pyftpdlib.exceptions import _FileReadWriteError  # isort: skip
 
 _allocate_lock = monkey.get_original("_thread", "allocate_lock")
 
 #: Bytes that one trip through the pool reads ahead or sends: enough for the trip to cost little beside them,
 #: and what each transfer keeps in memory.
 BLOCK = 1 << 20
+
+#: Bytes after which an upload's trip is over, though the socket may have more.
+TRIP = 4 * RECEIVING
 
 #: A listing goes on in batches of so many entries, or what is there after so many seconds.
 BATCH = 200
@@ -196,6 +205,7 @@ class OffloadedFile:
         self._lock = _allocate_lock()
         self._busy = False
         self._socket = -1
+        self._splice: Splice | None = None
         self.closed = False
 
     def __getattr__(self, name: str) -> Any:
@@ -232,14 +242,27 @@ class OffloadedFile:
         self._run(self._file.flush)
 
     def sendfile(self, sock: int, offset: int) -> int:
-        """Send up to BLOCK bytes from *offset* to socket *sock*, with sendfile(2): 0 at the end.
+        """Send up to SENDING bytes from *offset* to socket *sock*, with sendfile(2): 0 at the end.
 
         Raises BlockingIOError if the socket takes nothing now, and what sendfile raises.
         """
+        return int(self._run(_sendfile, self._our(sock), self._file.fileno(), offset))
+
+    def receive(self, sock: int) -> int:
+        """As `bridge.blocks.Splice.receive`, from socket *sock*."""
+        try:
+            received: int | OSError = self._run(self._receive, self._our(sock))
+        except OSError as error:  # no thread, or no end
+            raise _FileReadWriteError(error) from error
+        if isinstance(received, OSError):
+            raise received
+        return received
+
+    def _our(self, sock: int) -> int:
+        """Of our own: the connection may be closed, and its number another's, while a thread uses it."""
         if self._socket < 0:
-            # Of our own: the connection may be closed, and its number another's, while a thread sends.
             self._socket = os.dup(sock)
-        return int(self._run(_sendfile, self._socket, self._file.fileno(), offset))
+        return self._socket
 
     def close(self) -> None:
         """Close the file; if a thread is busy with it, that thread will. Twice is no harm."""
@@ -280,8 +303,25 @@ class OffloadedFile:
             if close:
                 self._close()
 
+    def _receive(self, sock: int) -> int | OSError:
+        """How many bytes were moved, or the error of the socket."""
+        if self._splice is None:
+            self._splice = Splice.into(self._file)
+            if self._splice is None:
+                raise Unspliceable(b"")
+        total = 0
+        try:
+            while True:
+                received = self._splice.receive(sock)
+                total += received
+                if not received or total >= TRIP or unread(sock) < RECEIVING // 4:
+                    return total
+        except OSError as error:
+            return total or error
+
     def _close(self) -> None:
         sock, self._socket = self._socket, -1
+        self._splice = None
         try:
             self._end()
         finally:
@@ -316,11 +356,11 @@ def _discard(file: Any) -> None:
 
 
 def _sendfile(sock: int, file: int, offset: int) -> int:
-    """Until BLOCK bytes are sent, the file ends or the socket is full."""
+    """Until SENDING bytes are sent, the file ends or the socket is full."""
     total = 0
-    while total < BLOCK:
+    while total < SENDING:
         try:
-            sent = os.sendfile(sock, file, offset + total, BLOCK - total)
+            sent = os.sendfile(sock, file, offset + total, SENDING - total)
         except BlockingIOError:
             if total:
                 break

@@ -13,7 +13,7 @@ import io
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from types import NoneType
@@ -90,11 +90,12 @@ class TransferMixin(StartingMixin, ReceivingMixin):
     ac_in_buffer_size: int
     ac_out_buffer_size: int
     _splice: Splice | None = None
+    _receive_into: Callable[[int], int] | None = None
     _in_records = False
     _in_bursts = False
 
     def handle_failed_ssl_handshake(self) -> None:
-        """As pyftpdlib, whose 522 is the reply."""
+        """As pyftpdlib, with its 522."""
         self._initialized = False
         super().handle_failed_ssl_handshake()
 
@@ -146,6 +147,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
                 return
             except OSError as error:
                 if error.errno in _ERRNOS_DISCONNECTED:
+                    self.close_when_done()  # by what is queued handle_close() knows that this is not the end
                     self.handle_close()
                 elif self.tot_bytes_sent == 0 and error.errno not in LIMITS:
                     raise _GiveUpOnSendfile from error
@@ -163,7 +165,6 @@ class TransferMixin(StartingMixin, ReceivingMixin):
 
     def enable_receiving(self, type: str, cmd: str) -> None:
         """As pyftpdlib; a file for which each write is a trip gets more at a time."""
-        self.ac_in_buffer_size = max(self.ac_in_buffer_size, getattr(self.file_obj, "block_size", 0))
         self.cmd, self.receive = cmd, True
         if self._start():
             super().enable_receiving(type, cmd)
@@ -171,6 +172,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
             if left is not None:
                 self._limit(left)
             self._choose_how_to_read()
+            self.ac_in_buffer_size = max(self.ac_in_buffer_size, getattr(self.file_obj, "block_size", 0))
 
     def _choose_how_to_read(self) -> None:
         """By splice, by bursts of TLS records, or as pyftpdlib does."""
@@ -181,20 +183,22 @@ class TransferMixin(StartingMixin, ReceivingMixin):
         if recv is AsyncChat.recv:
             if self._data_wrapper is None:
                 self._splice = Splice.into(self.file_obj)
+                offloaded = getattr(self.file_obj, "receive", None)
+                self._receive_into = offloaded if self._splice is None else self._splice.receive
         elif recv is _TLS.recv:
             self._in_records = True
 
     def handle_read(self) -> None:
         """As pyftpdlib; by splice if that is possible."""
-        if self._splice is None:
+        if self._receive_into is None:
             super().handle_read()
         else:
-            self._receive(self._splice)
+            self._receive(self._receive_into)
 
     def handle_read_event(self) -> None:
         """As pyftpdlib; by splice if that is possible, and several TLS records at a time."""
-        if self._splice is not None:
-            self._receive(self._splice)
+        if self._receive_into is not None:
+            self._receive(self._receive_into)
             return
         super().handle_read_event()
         if self._in_records:
@@ -204,22 +208,21 @@ class TransferMixin(StartingMixin, ReceivingMixin):
 
     def initiate_send(self) -> None:
         """As pyftpdlib, with several TLS records or pieces of a listing at a time."""
-        until = monotonic() + BURST
-        while True:
+        before, until = self.tot_bytes_sent, monotonic() + BURST
+        super().initiate_send()
+        while self._in_bursts and self.producer_fifo and not self._closed:
+            if self.tot_bytes_sent == before or monotonic() > until:
+                return
             before = self.tot_bytes_sent
             super().initiate_send()
-            if self._closed or not self.producer_fifo or self.tot_bytes_sent == before:
-                return
-            if monotonic() > until or not self._in_bursts:
-                return
 
-    def _receive(self, splice: Splice) -> None:
+    def _receive(self, receive: Callable[[int], int]) -> None:
         try:
-            received = splice.receive(self._fileno)
+            received = receive(self._fileno)
         except BlockingIOError:
             return
         except Unspliceable as error:
-            self._splice = None
+            self._receive_into = None
             self._write(error.args[0])
             return
         except OSError as error:
@@ -240,7 +243,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
             raise _FileReadWriteError(error) from error
 
     def push_with_producer(self, producer: Any) -> None:
-        """As pyftpdlib, and the event."""
+        """As pyftpdlib."""
         if self.cmd is None:
             self.cmd = self.cmd_channel.command  # pyftpdlib tells us afterwards, when all may be over
         if self._start():

@@ -222,6 +222,28 @@ def test_a_bandwidth_limit_holds(tmp_path: Path, spliced: list[int]) -> None:
     assert not spliced
 
 
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_connection_that_breaks_at_once_is_no_success(
+    tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the turn of RETR: what is queued by then does not tell pyftpdlib that more was to be sent."""
+    sendfile, calls = os.sendfile, 0
+
+    def breaks(*args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        return sendfile(*args[:3], 100)
+
+    (tmp_path / "file").write_bytes(bytes(1000))
+    monkeypatch.setattr(os, "sendfile", breaks)
+    with site(tmp_path) as client, client.data():
+        client.command("PWD", "257")  # the data connection is there
+        client.command("RETR file", "125")
+        assert client.reply().startswith("426")
+
+
 # --- how much for one event
 
 

@@ -42,7 +42,7 @@ ARROWS = {
     "hubs": set(),
     "listeners": set(),
     "monitor": set(),
-    "offload": {"threads"},
+    "offload": {"blocks", "threads"},
     "virtual": {"streams"},
     "streams": {"turns"},
     "pipelining": set(),

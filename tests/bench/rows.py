@@ -57,7 +57,24 @@ class Row:
 
 ROWS = (
     Row("command", "command, 1 session", ("commands", (5_000, 100)), "command", sessions=(1, 1)),
+    Row("command-10", "command, 10 sessions", ("commands", (10_000, 200)), "command", sessions=(10, 10)),
     Row("command-50", "command, 50 sessions", ("commands", (10_000, 200)), "command", sessions=(50, 50)),
+    Row(
+        "all-1000",
+        "command, 1 000 sessions",
+        ("commands", (20_000, 200)),
+        "command",
+        sessions=THOUSAND,
+        alone=False,
+    ),
+    Row(
+        "all-5000",
+        "command, 5 000 sessions",
+        ("commands", (20_000, 200)),
+        "command",
+        sessions=FIVE_THOUSAND,
+        alone=False,
+    ),
     Row(
         "command-1000",
         "command, 50 sessions beside 1 000 idle",

@@ -1,0 +1,186 @@
+"""The order in which channels that are ready together are served, and that others on the hub are not kept."""
+
+from __future__ import annotations
+
+import contextvars
+import random
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent
+import pytest
+from gevent import monkey
+from support import Client, eventually, handler_class, users
+
+from bridge import GeventFTPServer, GeventIOLoop, turns
+from bridge.sockets import NativeSocket
+from bridge.turns import Session, Turns
+
+
+class Channel:
+    """Ready when told to be; what it does in its turn is up to the test."""
+
+    def __init__(self, turns: Turns, served: list[str], name: str) -> None:
+        self.session: Session | None = Session(turns, contextvars.copy_context())
+        self.control = None
+        self.watcher: Any = self
+        self.name = name
+        self.act: Callable[[], None] = lambda: None
+        self._served = served
+
+    def admit(self) -> Session | None:
+        return None
+
+    def handle(self) -> None:
+        self._served.append(self.name)
+        self.act()
+
+
+class Bench:
+    """Turns on this hub, served in it, and channels."""
+
+    def __init__(self) -> None:
+        self.hub = gevent.get_hub()
+        self.raised: list[BaseException] = []
+        self.turns = Turns(self.hub, self.raised.append, lambda: None, lambda _: None)
+        self.served: list[str] = []
+
+    def channels(self, names: str) -> list[Channel]:
+        return [Channel(self.turns, self.served, name) for name in names]
+
+    def serve(self, ready: list[Channel], oldest_last: bool) -> None:
+        """A pass of the hub in which the *ready* have become so, in this order."""
+        self.turns.ready.extend(reversed(ready) if oldest_last else ready)
+        self.hub.loop.run_callback(self.turns.serve, oldest_last)
+        gevent.sleep(0)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.turns.close()
+    assert not bench.raised
+
+
+@pytest.fixture
+def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each slice is over after one turn."""
+    monkeypatch.setattr(turns, "SLICE", 0.0)
+    monkeypatch.setattr(turns, "SLICE_EACH", 0.0)
+
+
+either_order = pytest.mark.parametrize("oldest_last", [True, False])
+
+
+@either_order
+def test_in_the_order_in_which_they_became_ready(bench: Bench, oldest_last: bool) -> None:
+    bench.serve(bench.channels("abcde"), oldest_last)
+    assert bench.served == list("abcde")
+
+
+@either_order
+@pytest.mark.usefixtures("no_time")
+def test_what_a_slice_leaves_comes_first_and_once(bench: Bench, oldest_last: bool) -> None:
+    a, b, c, d = bench.channels("abcd")
+    bench.serve([a, b, c], oldest_last)
+    assert bench.served == ["a"]
+    bench.serve([a, c, b, d], oldest_last)  # watched all the time, they become ready again
+    assert bench.served == ["a", "b"]
+    bench.serve([c], oldest_last)
+    bench.serve([], oldest_last)
+    bench.serve([], oldest_last)
+    assert bench.served == list("abcad")
+    assert not bench.turns.ready
+
+
+@either_order
+@pytest.mark.usefixtures("no_time")
+def test_nothing_is_lost_or_overtaken(bench: Bench, oldest_last: bool) -> None:
+    """A model: first come, first served, with one place for each."""
+    channels = bench.channels("abcdefgh")
+    queue: list[str] = []
+    choice = random.Random(1)
+    for _ in range(2000):
+        ready = choice.sample(channels, choice.randrange(4))
+        queue += [each.name for each in ready if each.name not in queue]
+        before = len(bench.served)
+        bench.serve(ready, oldest_last)
+        expected, queue = queue[:1], queue[1:]
+        assert bench.served[before:] == expected
+
+
+@either_order
+def test_a_turn_that_waits_does_not_hold_up_the_next(bench: Bench, oldest_last: bool) -> None:
+    a, b, c = bench.channels("abc")
+    gate = gevent.event.Event()
+    b.act = lambda: bench.served.append("opened" if gate.wait() else "")
+    bench.serve([a, b, c], oldest_last)
+    assert bench.served == ["a", "b", "c"]
+    gate.set()
+    eventually(lambda: bench.served[-1] == "opened")
+
+
+def test_others_on_the_hub_are_served_between_slices(bench: Bench) -> None:
+    """20 turns of 1 ms: a greenlet that wakes meanwhile runs before the last of them."""
+    channels = bench.channels("abcdefghijklmnopqrst")
+    for channel in channels:
+        channel.act = lambda: _native_sleep(0.001)
+    watcher = bench.hub.loop.check(ref=False)
+    watcher.start(bench.turns.serve, True)
+    try:
+        bench.turns.ready.extend(channels)
+        gevent.sleep(0)
+        while bench.turns.ready:
+            bench.served.append("other")
+            gevent.sleep(0)
+    finally:
+        watcher.stop()
+        watcher.close()
+    assert "other" in bench.served[1:-1]
+    assert len(bench.served) - bench.served.count("other") == 20
+
+
+_native_sleep = monkey.get_original("time", "sleep")
+
+
+# --- native sockets where gevent's are handed over
+
+
+def test_a_gevents_listener_stays_its_owners(tmp_path: Any) -> None:
+    listener = gevent.socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(5)
+    address = listener.getsockname()
+    server: Any = GeventFTPServer(listener, handler_class(users(tmp_path)))
+    server.start()
+    with server, Client(server) as client:
+        (session,) = server.sessions()
+        assert type(server.socket) is NativeSocket
+        assert type(session.handler.socket) is NativeSocket
+        assert listener.getsockname() == address
+        client.store("file", b"content")
+        assert client.retrieve("file") == b"content"
+        assert listener.fileno() == server.socket.fileno()
+    assert listener.fileno() == -1, "closed with the server"
+
+
+def test_nobody_closes_a_descriptor_twice() -> None:
+    """The native socket and its owner have one descriptor; whichever goes first, another's stays open."""
+    for last in ("native", "owner"):
+        owner = gevent.socket.socket()
+        loop = GeventIOLoop()
+        channel: Any = type("Channel", (), {"socket": owner, "_closed": True})()
+        loop.register(owner.fileno(), channel, loop.READ)
+        native = channel.socket
+        assert type(native) is NativeSocket
+        loop.unregister(owner.fileno())
+        fd = owner.fileno()
+        channel.socket = None
+        native.close() if last == "owner" else owner.close()
+        with socket.socket() as another:
+            assert another.fileno() == fd
+            del native, owner
+            another.getsockname()  # it is still open
+        loop.close()
