@@ -234,7 +234,7 @@ def test_a_connection_that_breaks_at_once_is_no_success(
         calls += 1
         if calls == call:
             raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-        return sendfile(*args[:3], 100)
+        return sendfile(args[0], args[1], args[2], 100)
 
     (tmp_path / "file").write_bytes(bytes(1000))
     monkeypatch.setattr(os, "sendfile", breaks)
