@@ -2,7 +2,8 @@
 
 A leaf but for transfers.py, which knows who is in a transfer. servers.py starts one `Drain` when it stops
 and tells it what ends; the drain runs on a greenlet of its own, so it goes on when whoever asked for it is
-killed. What a session does in a drain (421 now, or after its 226) is `handlers.SessionMixin.finish`.
+killed. What a session does in a drain is `handlers.SessionMixin.finish` (421 now) and
+`finish_soon` (after its 226).
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Drain:
             if not self._cutting:
                 self._transfers_finished += completed
                 self._transfers_failed += not completed
-        self._ioloop.submit(control.finish, FAREWELL)
+        self._ioloop.submit(control.finish_soon, FAREWELL)
 
     def join(self) -> StopReport:
         """Wait for the end of the drain; what became of everybody."""
@@ -113,12 +114,13 @@ class Drain:
             if left is not None and left <= 0:
                 break
             self._changed.wait(left and max(left, MIN_WAIT))
-        cut = frozenset(self._sessions)
+        left_over = list(self._sessions)
+        cut = frozenset(control for control in left_over if not control.farewell)
         self._cutting = True
         transfers_cut = sum(transferring(control) for control in cut)
-        for control in cut:
+        for control in left_over:
             self._ioloop.submit(control.cut, FAREWELL, interrupt=True)
-        if cut:
+        if left_over:
             self._changed.clear()
             if not self._changed.wait(KILL_GRACE):
                 log.error("%d turn(s) do not end; closing their channels", len(self._sessions))

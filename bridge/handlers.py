@@ -20,6 +20,8 @@ What differs from pyftpdlib, and why:
   client gives up. pyftpdlib says 421, goes on, and starts the old transfer on the next data connection.
 - **One transfer at a time; else 503.** pyftpdlib gives the running one another file, and may then send from
   the first one's descriptor: closed, and by now perhaps another user's file (seen).
+
+(Over 400 lines: a session is one object in pyftpdlib, so what it needs is one class here.)
 """
 
 from __future__ import annotations
@@ -51,6 +53,11 @@ TRANSFERS = frozenset({"RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"})
 GOODBYE = 5.0
 
 
+#: Seconds between the last 226 and the 421 of a server that stops: when its control connection ends, lftp
+#: throws away what it has not yet read from the data connection.
+LINGER = 1.0
+
+
 class SessionMixin(PipeliningMixin, EventsMixin):
     """For a handler class: what a session needs. Put it before pyftpdlib's class, and Events behind that.
 
@@ -60,6 +67,8 @@ class SessionMixin(PipeliningMixin, EventsMixin):
 
     _in_dtp_queue: Any
     _out_dtp_queue: Any
+    #: Why the session is about to be ended, once its transfer has.
+    farewell = ""
 
     def __init__(self, conn: Any, server: Any, ioloop: Any = None) -> None:
         self.command: str | None = None
@@ -113,6 +122,12 @@ class SessionMixin(PipeliningMixin, EventsMixin):
         if not self._closed and not self._closing and not transferring(self):
             self.respond(f"421 {reason}")
             self._close_soon()
+
+    def finish_soon(self, reason: str) -> None:
+        """The server stops, and the transfer has ended: 421 to the next command, or after LINGER seconds."""
+        if not self._closed and not self.farewell:
+            self.farewell = reason
+            self.call_later(LINGER, self.finish, reason)
 
     def cut(self, reason: str) -> None:
         """The server's time is up: 426, 421, close, whether the client reads it or not."""
@@ -183,7 +198,8 @@ class SessionMixin(PipeliningMixin, EventsMixin):
 
     def _give_up_data_connection(self) -> None:
         self._no_data_connection = None
-        self._drop_queued("425 Can't open data connection: the client gave it up.")
+        if self._in_dtp_queue is not None or self._out_dtp_queue is not None:
+            self._drop_queued("425 Can't open data connection: the client gave it up.")
 
     def _remove_incomplete(self, file: Any) -> None:
         if self.keep_incomplete_uploads or not self._fresh_upload or self.fs is None:
@@ -199,6 +215,9 @@ class SessionMixin(PipeliningMixin, EventsMixin):
 
     def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
         """As pyftpdlib; also keeps `command` and `last_active`."""
+        if self.farewell and cmd != "QUIT" and not transferring(self):
+            self.finish(self.farewell)
+            return
         self.command = cmd
         self.last_active = time.time()
         try:
@@ -345,10 +364,7 @@ class SessionMixin(PipeliningMixin, EventsMixin):
                 if self.ioloop.closed:
                     ended(self)
                 else:
-                    self.ioloop.call_later(0, self._ended)  # behind on_disconnect, as its last turn
-
-    def _ended(self) -> None:
-        self.server.session_ended(self)
+                    self.ioloop.after_turn(self, ended)  # behind on_disconnect
 
 
 def prepared(handler: Any) -> Any:

@@ -11,8 +11,9 @@ variable; MOVES is the table of what may happen in it:
        '-----------------stop, close-----------------------------------------------------------^
 
 In a drain the listener closes first. A session without a transfer gets 421 and closes when its turn, if
-one runs, has ended; a session in a transfer gets 421 after that transfer's 226. At the timeout what is left
-gets 426 and 421, turns that wait are ended by an exception, and files are closed.
+one runs, has ended; a session in a transfer gets 421 after that transfer's 226, with its next command or a
+second later, so that its client may read to the end. At the timeout what is left gets 426 and 421, turns
+that wait are ended by an exception, and files are closed.
 
 What is whose: a loop that is passed in is borrowed; one that the server makes ends with it. A socket that is
 passed in becomes the server's, as pyftpdlib has it.

@@ -303,7 +303,7 @@ class _ReusesAddresses(_AsyncChat):
 
     def create_socket(self, *args: Any, **kwargs: Any) -> None:
         super().create_socket(*args, **kwargs)
-        self.set_reuse_addr()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
     def _bind_to_any(self, addr: Any) -> None:
         """Bind to a port of our choice, if need be of the kernel's."""

@@ -199,6 +199,41 @@ def test_a_drain_lets_transfers_finish_and_sends_the_others_away(tmp_path: Path)
         assert handler.events.count(("disconnect",)) == 3
 
 
+def test_after_a_transfer_the_next_command_ends_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then the client may read what it has been sent."""
+    monkeypatch.setattr("bridge.handlers.LINGER", 1000)
+    for command, replies in (("STOR more", ["421"]), ("QUIT", ["221"])):
+        with started(slow_handler(tmp_path)) as server, Client(server) as client:
+            with client.data():
+                client.command("STOR file", "1")
+                eventually(lambda: server.sessions()[0].transfer)
+                stop = gevent.spawn(server.stop, PATIENCE)
+                gevent.sleep(0)
+            assert client.reply().startswith("226")
+            gevent.sleep(0.01)
+            assert not stop.ready()
+            client.send(command)
+            assert [client.reply()[:3] for _ in replies] == replies
+            assert client.ended()
+            assert stop.get() == StopReport(sessions_finished=1, transfers_finished=1)
+
+
+def test_whose_transfer_has_ended_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.handlers.LINGER", 1000)
+    with started(slow_handler(tmp_path)) as server, Client(server) as client:
+        with client.data():
+            client.command("STOR file", "1")
+            eventually(lambda: server.sessions()[0].transfer)
+            stop = gevent.spawn(server.stop, PATIENCE)
+            gevent.sleep(0)
+        assert client.reply().startswith("226")
+        server.stop(0)
+        assert client.reply().startswith("421")
+        assert stop.get() == StopReport(sessions_finished=1, transfers_finished=1)
+
+
 def test_a_transfer_announced_with_150_is_waited_for(tmp_path: Path) -> None:
     with started(slow_handler(tmp_path)) as server, Client(server) as client:
         port = int(client.command("EPSV", "229").split("|")[3])
