@@ -20,9 +20,9 @@ Why it is built this way:
   watchers last come, first served, which would handle the ABOR of an upload before the data sent ahead
   of it, and data before the STOR it belongs to (for which pyftpdlib drops the data connection).
 - On libev a watcher's callback is that list's `append`, and a check watcher of the lowest priority calls
-  when all others of the pass have called: 0.94 of the CPU for a command of one session, against a callback
-  in Python that asks for another (as libuv needs it, where callbacks have no priorities). All that is done
-  for each event is in two frames, `turns._work` and `Registration.handle`.
+  when all others of the pass have called: 0.97 of the CPU to echo a byte, against a callback in Python that
+  asks for another (as libuv needs it, where callbacks have no priorities). All that is done for each event
+  is in two frames, `turns._work` and `Registration.handle`: 0.93 for a command of one session.
 
 What is whose: the hub is borrowed. Channels belong to pyftpdlib; `close()` closes them, as upstream's
 does. Watchers, timers and workers are ours and end with `close()`.

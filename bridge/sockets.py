@@ -2,8 +2,8 @@
 
 A leaf of the package. Under `patch_all()`, and when a program hands over a gevent socket, a channel's socket
 would be gevent's: two more watchers for each, more Python for each send, recv and close, and nothing gained,
-since pyftpdlib's sockets never block. Measured on a patched drop-in: 0.92 of the CPU for a command, 0.89 for
-a login.
+since pyftpdlib's sockets never block. Measured: a patched drop-in costs 1.0 of an unpatched one for a command
+and 1.01 for a login, before 1.08 and 1.13.
 """
 
 from __future__ import annotations
