@@ -19,10 +19,10 @@ Why it is built this way:
 - Channels that became ready in one pass of the hub are served in the order in which they did. libev calls
   watchers last come, first served, which would handle the ABOR of an upload before the data sent ahead
   of it, and data before the STOR it belongs to (for which pyftpdlib drops the data connection).
-- On libev a watcher's callback is that list's `append`, and a check watcher of the lowest priority calls
-  when all others of the pass have called: 0.97 of the CPU to echo a byte, against a callback in Python that
-  asks for another (as libuv needs it, where callbacks have no priorities). All that is done for each event
-  is in two frames, `turns._work` and `Registration.handle`: 0.93 for a command of one session.
+- On libev (not its CFFI binding) a watcher's callback is that list's `append`, and a check watcher of the
+  lowest priority calls when all others of the pass have called: 0.97 of the CPU to echo a byte, against a
+  callback in Python that asks for another, as elsewhere. All that is done for each event is in two frames,
+  `turns._work` and `Registration.handle`: 0.93 for a command of one session.
 
 What is whose: the hub is borrowed. Channels belong to pyftpdlib; `close()` closes them, as upstream's
 does. Watchers, timers and workers are ours and end with `close()`.
@@ -47,7 +47,7 @@ import pyftpdlib.ioloop
 from gevent import GreenletExit, Timeout, getcurrent, monkey, sleep
 from gevent.hub import Waiter
 from gevent.socket import socket as GeventSocket
-from pyftpdlib.ioloop import AsyncChat, asyncore
+from pyftpdlib.ioloop import Acceptor, AsyncChat, asyncore
 from pyftpdlib.log import config_logging, is_logging_configured
 from pyftpdlib.log import logger as pyftpdlib_logger
 
@@ -105,6 +105,7 @@ class GeventIOLoop(_IOLoop):
         self._enqueue: Callable[[Any], None]
         self._long_waits: LongWaits
         self._mailbox: hubs.Mailbox
+        self._libev = False
         self._passes: Any = None  # libev's: a watcher that calls when all others of a pass have called
         self._runners: list[Waiter] = []  # greenlets inside loop()
         self._pollers: list[Waiter] = []  # greenlets inside poll()
@@ -123,7 +124,7 @@ class GeventIOLoop(_IOLoop):
         old = self._registrations.pop(fd, None)
         if old is not None:
             self._in_hub_thread(old.detach)
-        if type(getattr(instance, "socket", None)) is GeventSocket:
+        if isinstance(instance, Acceptor) and type(instance.socket) is GeventSocket:
             instance.socket = native(instance.socket)
         registration = Registration(self, fd if isinstance(fd, int) else fd.fileno(), instance, events)
         hub = self._hub
@@ -371,7 +372,7 @@ class GeventIOLoop(_IOLoop):
         ready = self._ready
         if ready:
             try:
-                self._turns.serve(self._passes is not None)
+                self._turns.serve(oldest_last=self._libev)
             finally:
                 # (More is due, or a signal handler raised in here.)
                 if ready and self._passes is None and self._hub is not None:
@@ -487,7 +488,9 @@ class GeventIOLoop(_IOLoop):
         self._ready = self._turns.ready
         self._enqueue = self._ready.append
         self._mailbox = hubs.Mailbox(hub)
-        if "libev" in type(hub.loop).__module__:
+        module = type(hub.loop).__module__
+        self._libev = "libev" in module
+        if module == "gevent.libev.corecext":  # (libev-cffi's watchers call in another order)
             self._passes = hub.loop.check(ref=False, priority=hub.loop.MINPRI)
             self._passes.start(self._on_pass)
         for registration in list(self._registrations.values()):
