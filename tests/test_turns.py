@@ -11,6 +11,7 @@ from typing import Any
 import gevent
 import pytest
 from gevent import monkey
+from pyftpdlib.ioloop import Acceptor
 from support import Client, eventually, handler_class, users
 
 from bridge import GeventFTPServer, GeventIOLoop, turns
@@ -171,7 +172,8 @@ def test_nobody_closes_a_descriptor_twice() -> None:
     for last in ("native", "owner"):
         owner = gevent.socket.socket()
         loop = GeventIOLoop()
-        channel: Any = type("Channel", (), {"socket": owner, "_closed": True})()
+        channel: Any = Acceptor(ioloop=loop)
+        channel.socket, channel._closed = owner, True
         loop.register(owner.fileno(), channel, loop.READ)
         native = channel.socket
         assert type(native) is NativeSocket
