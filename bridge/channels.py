@@ -85,6 +85,8 @@ class Registration:
         #: Of whoever registered the channel; needed by listeners, and until there is a session.
         self.context: contextvars.Context | None = None
         self.listens = self.control is channel and isinstance(channel, Acceptor)
+        if self.listens:
+            self.control = None  # an accept that is killed must not close its listener
         if ioloop._hub is None or self.listens:
             self.context = contextvars.copy_context()
         self.watcher: Any = None

@@ -12,9 +12,10 @@ import gevent
 import pytest
 from gevent import monkey
 from pyftpdlib.ioloop import Acceptor
+from pyftpdlib.servers import FTPServer
 from support import Client, eventually, handler_class, users
 
-from bridge import GeventFTPServer, GeventIOLoop, turns
+from bridge import GeventFTPServer, GeventIOLoop, current_session, turns
 from bridge.sockets import NativeSocket
 from bridge.turns import Session, Turns
 
@@ -144,6 +145,30 @@ def test_others_on_the_hub_are_served_between_slices(bench: Bench) -> None:
 
 
 _native_sleep = monkey.get_original("time", "sleep")
+
+
+def test_an_accept_belongs_to_nobody_until_its_session_is_there(tmp_path: Any) -> None:
+    """Killed before, it must not take the listener for the session that it ends."""
+    seen: list[Any] = []
+
+    class Server(FTPServer):
+        def handle_accepted(self, sock: Any, addr: Any) -> Any:
+            if not seen:
+                seen.append(current_session())
+                sock.close()
+                raise gevent.GreenletExit
+            return super().handle_accepted(sock, addr)
+
+    server = Server(("127.0.0.1", 0), handler_class(users(tmp_path)), ioloop=GeventIOLoop())
+    server.ioloop.attach()
+    try:
+        gevent.socket.create_connection(server.address).close()
+        eventually(lambda: seen)
+        with Client(server) as client:
+            client.command("PWD", "257")
+    finally:
+        server.close_all()
+    assert seen == [None]
 
 
 # --- native sockets where gevent's are handed over
