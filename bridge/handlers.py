@@ -26,6 +26,7 @@ What differs from pyftpdlib, and why:
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from typing import Any
@@ -79,6 +80,11 @@ class SessionMixin(PipeliningMixin, EventsMixin):
         self._no_data_connection: str | None = None
         self._fresh_upload = False
         super().__init__(conn, server, ioloop)
+
+    @functools.cached_property
+    def session_id(self) -> str:
+        """What names this session in logs and metrics: 12 hexadecimal digits, made when first asked for."""
+        return os.urandom(6).hex()
 
     # --- from everywhere, also other threads; on a GeventIOLoop
 

@@ -22,11 +22,11 @@ import pyftpdlib.__main__
 import pytest
 from cli import LIMIT, Command, certificate, run
 from pyftpdlib import servers
-from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import DTPHandler, FTPHandler
 from pyftpdlib.prefork import cpu_count
 
 import bridge.ftp
+from bridge.options import parser_of
 
 pytestmark = pytest.mark.program
 
@@ -368,9 +368,11 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
     argv += ["--use-localtime", "--disable-sendfile", "--max-login-attempts", "1"]
     tls = ["--tls", "--certfile", pem, "--tls-control-required", "--tls-data-required"]
     for options in (argv, argv + tls):
-        authorizer = DummyAuthorizer()
-        handler = bridge.ftp._handler_class(bridge.ftp._parser().parse_args(options), authorizer)
-        assert handler.authorizer is authorizer
+        site = bridge.ftp.site_of(parser_of(bridge.ftp.FEATURES).parse_args([*options, "-p", "0"]))
+        site.bind()
+        site.server.close_all()
+        handler = site.handler
+        assert handler.authorizer is site.authorizer
         assert handler.masquerade_address == "192.0.2.1"
         assert handler.passive_ports == list(range(20000, 21000))
         assert handler.timeout == handler.dtp_handler.timeout == 1
@@ -427,7 +429,7 @@ def parsed(options: Namespace) -> dict[str, object]:
 @pytest.mark.parametrize("argv", ["", *SAMPLES])
 def test_an_option_means_what_it_means_to_pyftpdlib(argv: str) -> None:
     theirs = parsed(pyftpdlib.__main__.parse_args(argv.split()))
-    assert parsed(bridge.ftp._parser().parse_args(argv.split())) == theirs
+    assert parsed(parser_of(bridge.ftp.FEATURES).parse_args(argv.split())) == theirs
 
 
 def test_version_tells_the_version_of_bridge() -> None:

@@ -97,6 +97,16 @@ def in_thread(function: Any, *args: Any) -> Any:
     return gevent.get_hub().threadpool.apply(function, args)
 
 
+def test_a_session_keeps_one_id_and_no_other_has_it(tmp_path: Path) -> None:
+    with started(handler_class(users(tmp_path))) as server, Client(server) as one, Client(server) as two:
+        one.command("NOOP", "200")
+        two.command("NOOP", "200")
+        ids = [session.handler.session_id for session in server.sessions()]
+        assert ids == [session.handler.session_id for session in server.sessions()]
+        assert len(set(ids)) == 2
+        assert all(len(each) == 12 for each in ids)
+
+
 # --- what one does to them
 
 

@@ -26,7 +26,11 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"", "drain", "handlers", "hashing", "ioloop", "listeners", "monitor", "servers", "uploads"},
+    "ftp": {"drain", "monitor", "options", "servers", "site", "tls"},
+    "tls": {"options", "site"},
+    "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
+    "options": {""},
+    "shared": set(),
     "testing": {"servers"},
     "servers": {"channels", "drain", "handlers", "hubs", "ioloop", "listeners", "sessions", "turns"},
     "drain": {"transfers"},

@@ -1,0 +1,179 @@
+"""A site: what one run of the command serves, put together from its options.
+
+Between ftp.py, which runs it, and the features (modules with `add_options(parser)` and `configure(site)`),
+which take part by changing it before it is bound:
+
+    options --> Site --> each feature's configure(site) --> site.bind() --> site.server, bound, not started
+
+Options are set on subclasses made for the run, never on pyftpdlib's own classes. Nothing here runs the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from pyftpdlib import servers
+from pyftpdlib.authorizers import DummyAuthorizer
+from pyftpdlib.handlers import FTPHandler
+
+from bridge.handlers import prepared
+from bridge.hashing import HashMixin
+from bridge.ioloop import GeventIOLoop
+from bridge.listeners import systemd_sockets
+from bridge.options import UsageError
+from bridge.servers import GeventFTPServer
+from bridge.shared import SharedTable
+from bridge.uploads import AtomicFS, remove_leftovers
+
+READ_ONLY = "elr"
+WRITABLE = "elradfmwMT"
+
+
+class Site:
+    """What the options ask for. Features change its attributes in `configure`; `bind` makes the server.
+
+    Raises UsageError for what cannot be, here and in `bind`.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        #: The directory that is shared, absolute.
+        self.directory = _directory(options)
+        self.authorizer: Any = _authorizer(options, self.directory)
+        #: Who may log in, for the line at start-up.
+        self.users: str = options.username or "anonymous"
+        #: pyftpdlib's handler class, the mix-ins put before it, and class attributes.
+        self.base: Any = FTPHandler
+        self.mixins: list[Any] = [HashMixin] if options.hash else []
+        self.attributes: dict[str, Any] = _attributes(options)
+        #: The same for its data connections, and for the server.
+        self.data_mixins: list[Any] = []
+        self.data_attributes: dict[str, Any] = {"timeout": options.timeout}
+        self.server_mixins: list[Any] = []
+        self.server_attributes: dict[str, Any] = {
+            "max_cons": options.max_cons,
+            "max_cons_per_ip": options.max_cons_per_ip,
+        }
+        #: Called once before the server is bound, when `handler` exists.
+        self.before: list[Callable[[], object]] = []
+        #: Called in each serving process, on its hub, before it serves; each returns what ends it again.
+        self.services: list[Callable[[], Callable[[], object]]] = []
+        #: Called in a greenlet on SIGHUP and on SIGUSR1: take up what has changed, open log files anew.
+        self.reload: list[Callable[[], object]] = []
+        self.rotate: list[Callable[[], object]] = []
+        #: Lines to print at start-up, and what curl needs besides the address.
+        self.told: list[str] = []
+        self.client_options = f"-u {options.username}:PASSWORD " if options.username else ""
+        #: Processes that serve at once have a column each in every one of the tables of `shared`.
+        self.slots = 1
+        self.slot = 0
+        self.shared: dict[str, SharedTable] = {}
+        self.handler: Any = None
+        self.server: Any = None
+
+    def bind(self) -> None:
+        """Make `handler` and `server`, which listens but accepts nothing yet."""
+        self.handler = self._handler_class()
+        for step in self.before:
+            step()
+        self.server = self._server()
+        if self.options.atomic_uploads:
+            remove_leftovers(self.directory)
+
+    def _handler_class(self) -> Any:
+        base = self.base
+        attributes = {"authorizer": self.authorizer, **self.attributes}
+        attributes["dtp_handler"] = type(
+            "DataHandler", (*self.data_mixins, base.dtp_handler), self.data_attributes
+        )
+        if self.options.atomic_uploads:
+            if not self.options.write:
+                raise UsageError("--atomic-uploads needs --write")
+            attributes["abstracted_fs"] = AtomicFS
+        handler = type("Handler", (*self.mixins, base), attributes)
+        # Whatever the server: pyftpdlib's handlers take a reset for the end of the file.
+        return prepared(handler) if self.options.atomic_uploads else handler
+
+    def _server(self) -> Any:
+        options = self.options
+        base: Any = {
+            "multi-thread": servers.ThreadedFTPServer,
+            "multi-proc": servers.MultiprocessFTPServer,
+        }.get(options.concurrency, GeventFTPServer)
+        attributes = dict(self.server_attributes)
+        if base is GeventFTPServer:
+            attributes["stop_timeout"] = options.stop_timeout
+        server_class: Any = type("Server", (*self.server_mixins, base), attributes)
+        ioloop = GeventIOLoop()
+        ioloop.long_wait = options.long_wait
+        where: list[Any] = [*systemd_sockets()] or [(options.interface, options.port)]
+        if len(where) > 1:
+            raise UsageError(f"LISTEN_FDS: systemd passed {len(where)} sockets, and one is served")
+        try:
+            return server_class(where[0], self.handler, ioloop=ioloop)
+        except OSError as error:
+            # pyftpdlib wraps the last error of several addresses in another OSError.
+            reason = error.args[0] if error.args and isinstance(error.args[0], OSError) else error
+            raise UsageError(
+                f"--interface/--port: cannot listen on {options.interface or 'all interfaces'}, "
+                f"port {options.port}: {os.strerror(reason.errno) if reason.errno else reason}"
+            ) from None
+
+
+def _directory(options: argparse.Namespace) -> str:
+    path: str = os.path.realpath(options.directory)
+    if not os.path.isdir(path):
+        raise UsageError(f"--directory: {options.directory!r} is not a directory")
+    try:
+        os.listdir(path)
+    except OSError as error:
+        raise UsageError(f"--directory: cannot read {options.directory!r}: {error.strerror}") from None
+    if options.write and not os.access(path, os.W_OK):
+        raise UsageError(f"--write: cannot write to {options.directory!r}")
+    return path
+
+
+def _authorizer(options: argparse.Namespace, directory: str) -> DummyAuthorizer:
+    authorizer = DummyAuthorizer()
+    permissions = WRITABLE if options.write else READ_ONLY
+    if options.username and not options.password:
+        raise UsageError("--username needs --password")
+    if options.password and not options.username:
+        raise UsageError("--password needs --username")
+    if options.username:
+        authorizer.add_user(options.username, options.password, directory, perm=permissions)
+    else:
+        with warnings.catch_warnings():
+            # that anonymous may write, which is what --write asked for
+            warnings.simplefilter("ignore", RuntimeWarning)
+            authorizer.add_anonymous(directory, perm=permissions)
+    return authorizer
+
+
+def _attributes(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "masquerade_address": _nat_address(options.nat_address),
+        "passive_ports": options.range,
+        "timeout": options.timeout,
+        "banner": options.banner,
+        "max_login_attempts": options.max_login_attempts,
+        "permit_foreign_addresses": options.permit_foreign_addresses,
+        "permit_privileged_ports": options.permit_privileged_ports,
+        "encoding": options.encoding,
+        "use_gmt_times": not options.use_localtime,
+        "use_sendfile": FTPHandler.use_sendfile and not options.disable_sendfile,
+    }
+
+
+def _nat_address(value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return socket.gethostbyname(value)
+    except OSError as error:
+        raise UsageError(f"--nat-address: {value!r}: {error.strerror or error}") from None
