@@ -9,6 +9,9 @@ registers: a listener, a control connection, a data connection, an acceptor for 
   killed handler would live on. `Registration.handle` does what they do, except for these two.
 - A channel that is ready but cannot use it rests instead of waking the hub for ever (the 100 % CPU of
   pyftpdlib #191 #245 #429 #613 #683), and so does a listener when accept() runs out of descriptors.
+- One event of a data connection moves several of pyftpdlib's blocks of 64 KiB, as long as they are full: 0.80
+  of the CPU for a RETR over one, 0.92 for a STOR. One event of a listener accepts as many connections as the
+  kernel says are waiting: 0.95 for logins of 50 clients at once.
 - A TLS handshake is watched for what it waits for and nothing else. pyftpdlib goes on watching for what it
   would like to do afterwards, writing above all, which a socket is always ready for.
 """
@@ -18,14 +21,19 @@ from __future__ import annotations
 import contextvars
 import errno
 import logging
+import socket
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gevent import GreenletExit, Timeout, getcurrent
+from pyftpdlib.handlers import DTPHandler
 from pyftpdlib.ioloop import Acceptor, asyncore
 
 from bridge.turns import Interrupt, Session, Turns
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bridge.ioloop import GeventIOLoop
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist): of
@@ -49,6 +57,21 @@ MAX_DELAY = 1.0
 FATAL_FOR_LISTENER = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 
 
+#: Bytes that one event of a data connection moves, in pyftpdlib's blocks, before others have their turn:
+#: 0.5 ms, as many as `blocks.RECEIVING`.
+BULK = 1 << 20
+
+#: What a full block is: pyftpdlib's, and what TLS makes of it, one record (RFC 8446, 5.1).
+BLOCK = 65536
+RECORD = 16384
+
+#: Connections that are accepted for one event, at most: gevent's BaseServer.max_accept.
+ACCEPTS = 100
+
+#: Linux: where struct tcp_info has tcpi_unacked, which for a listener is how many connections wait (tcp(7)).
+_UNACKED = slice(24, 28)
+
+
 class Registration:
     """One channel on the loop, with its watcher.
 
@@ -57,6 +80,7 @@ class Registration:
     """
 
     __slots__ = (
+        "block",
         "channel",
         "context",
         "control",
@@ -84,8 +108,13 @@ class Registration:
         self.session: Session | None = None
         #: Of whoever registered the channel; needed by listeners, and until there is a session.
         self.context: contextvars.Context | None = None
+        #: Bytes of a full block, if one event may move several; else 0.
+        self.block = 0
         self.listens = self.control is channel and isinstance(channel, Acceptor)
-        if self.listens:
+        if self.control is not channel:
+            if isinstance(channel, DTPHandler) and not getattr(channel, "moves_in_bulk", False):
+                self.block = RECORD if hasattr(channel, "_ssl_accepting") else BLOCK
+        elif self.listens:
             self.control = None  # an accept that is killed must not close its listener
         if ioloop._hub is None or self.listens:
             self.context = contextvars.copy_context()
@@ -206,10 +235,18 @@ class Registration:
         try:
             if events & READ and channel.readable():
                 consumed = True
-                channel.handle_read_event()
+                if self.block:
+                    self._move(channel.handle_read_event, READ)
+                else:
+                    channel.handle_read_event()
+                    if self.listens:
+                        self._accept_more()
             if events & WRITE and self.watcher is not None and channel.writable():
                 consumed = True
-                channel.handle_write_event()
+                if self.block:
+                    self._move(channel.handle_write_event, WRITE)
+                else:
+                    channel.handle_write_event()
         except FOR_THE_CALLER:
             raise
         except Interrupt:
@@ -238,6 +275,25 @@ class Registration:
             if self.session is None:
                 log.warning("%r accepts connections again", channel)
 
+    def _move(self, handle: Callable[[], None], event: int) -> None:
+        """Handle an event of a data connection, and again while it moves full blocks."""
+        channel = self.channel
+        moved = channel.tot_bytes_received + channel.tot_bytes_sent
+        until = moved + BULK - self.block
+        while True:
+            handle()
+            before, moved = moved, channel.tot_bytes_received + channel.tot_bytes_sent
+            if moved - before < self.block or moved > until:
+                return
+            if self.watcher is None or not self.events & event or not self.session or self.session.backlog:
+                return  # closed, throttled, done; or something else is due in this session
+
+    def _accept_more(self) -> None:
+        """Ask for a turn for each connection that waits to be accepted."""
+        waiting = _waiting(self.channel.socket)
+        if waiting and self.watcher is not None:
+            self.ioloop._turns.again(self, min(waiting, ACCEPTS - 1))
+
     def _handle_error(self) -> None:
         """Let the channel deal with the exception being handled, and survive if it cannot."""
         try:
@@ -265,6 +321,17 @@ class Registration:
         self.watcher.stop()
         self.resting = self.ioloop._hub.loop.timer(self.delay)
         self.resting.start(self._on_rested)
+
+
+def _waiting(listener: Any) -> int:
+    """How many connections the kernel has for *listener*; 0 where it does not say."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        info = listener.getsockopt(socket.SOL_TCP, socket.TCP_INFO, _UNACKED.stop)
+    except OSError:  # a Unix socket
+        return 0
+    return int.from_bytes(info[_UNACKED], sys.byteorder)
 
 
 def _handshake(channel: Any) -> int:

@@ -59,11 +59,11 @@ REPLY_CODES = {
 
 _SYSCTL = Path("/proc/sys/net/ipv4")  # for IPv6 too (Linux, ip-sysctl)
 
-#: Ports to try before the kernel has to choose. A try fails where something else listens or has connected
-#: from: hardly ever more than half of the ports, which makes all fail once in a million times.
+#: Ports to try before the kernel has to choose. Hardly ever are more than half in use, which makes all tries
+#: fail once in a million times.
 TRIES = 20
 
-#: Linux: bind() leaves the choice of the port to connect() (ip(7)). Named by Python from 3.12 on.
+#: Linux: bind() leaves the port to connect() (ip(7)). Named by Python from 3.12 on.
 _IP_BIND_ADDRESS_NO_PORT = 24 if sys.platform == "linux" else None
 
 
@@ -81,6 +81,7 @@ def transferring(control: Any) -> bool:
 class TransferMixin(StartingMixin, ReceivingMixin):
     """For a `dtp_handler` class: a file's errors become their replies, TLS or not."""
 
+    moves_in_bulk = True  # for channels.py
     _offset: int
     _filefd: int
     _fileno: int
@@ -296,9 +297,8 @@ class _ReusesAddresses(_AsyncChat):
     """Ports in TIME_WAIT may be bound again.
 
     With SO_REUSEADDR Linux lets them be asked for, but does not choose them (ip_autobind_reuse): bind() to
-    port 0 searches longer and longer, for 6 ms when most are in TIME_WAIT, and fails when all are. 60 000
-    small RETRs in a row took 31 s with a port of our choice, 185 and more with the kernel's
-    (tests/bench/passive_ports.py).
+    port 0 takes longer and longer, then fails. 60 000 small RETRs in a row took 31 s with a port of our
+    choice, 185 and more with the kernel's (tests/bench/passive_ports.py).
     """
 
     def create_socket(self, *args: Any, **kwargs: Any) -> None:

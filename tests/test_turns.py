@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import contextvars
 import random
 import socket
@@ -9,13 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
+import pyftpdlib.handlers
 import pytest
 from gevent import monkey
 from pyftpdlib.ioloop import Acceptor
 from pyftpdlib.servers import FTPServer
-from support import Client, eventually, handler_class, users
+from support import Client, eventually, handler_class, serving, users
 
-from bridge import GeventFTPServer, GeventIOLoop, current_session, turns
+from bridge import GeventFTPServer, GeventIOLoop, channels, current_session, turns
 from bridge.sockets import NativeSocket
 from bridge.turns import Session, Turns
 
@@ -169,6 +172,76 @@ def test_an_accept_belongs_to_nobody_until_its_session_is_there(tmp_path: Any) -
     finally:
         server.close_all()
     assert seen == [None]
+
+
+# --- one event, several blocks or connections
+
+native_socket = monkey.get_original("socket", "socket")
+
+
+@pytest.fixture
+def passes() -> Iterator[list[int]]:
+    """Its one item: how often the hub has looked for events."""
+    count = [0]
+    watcher = gevent.get_hub().loop.check(ref=False)
+
+    def _on_pass() -> None:
+        count[0] += 1
+
+    watcher.start(_on_pass)
+    yield count
+    watcher.stop()
+    watcher.close()
+
+
+def test_one_event_moves_several_blocks(tmp_path: Any, passes: list[int]) -> None:
+    """pyftpdlib's own server and handlers, which move 64 KiB at a time."""
+    moved: collections.Counter[int] = collections.Counter()
+    block = pyftpdlib.handlers.DTPHandler.ac_in_buffer_size
+
+    class DataHandler(pyftpdlib.handlers.DTPHandler):
+        def handle_read(self) -> None:
+            before = self.tot_bytes_received
+            super().handle_read()
+            moved[passes[0]] += self.tot_bytes_received - before
+
+        handle_read_event = handle_read  # as pyftpdlib has it
+
+        def initiate_sendfile(self) -> None:
+            before = self.tot_bytes_sent
+            super().initiate_sendfile()
+            moved[passes[0]] += self.tot_bytes_sent - before
+
+    content = random.Random(1).randbytes(4 << 20)
+    handler = handler_class(users(tmp_path), dtp_handler=DataHandler)
+    with serving(handler) as server, Client(server) as client:
+        client.command("TYPE I", "200")
+        assert client.store("file", content) == "226 Transfer complete."
+        assert (tmp_path / "file").read_bytes() == content
+        assert sum(moved.values()) == len(content)
+        assert block < max(moved.values()) <= channels.BULK
+        moved.clear()
+        assert client.retrieve("file") == content
+        assert block < max(moved.values()) <= channels.BULK + block  # (the first with the command)
+
+
+def test_one_event_accepts_several_connections(tmp_path: Any, passes: list[int]) -> None:
+    accepted: list[int] = []
+
+    class Handler(pyftpdlib.handlers.FTPHandler):
+        def on_connect(self) -> None:
+            accepted.append(passes[0])
+
+    with serving(handler_class(users(tmp_path), Handler)) as server, contextlib.ExitStack() as stack:
+        before = passes[0]
+        clients = [stack.enter_context(native_socket()) for _ in range(20)]
+        for client in clients:
+            client.connect(server.address)
+        assert passes[0] == before, "all of them wait"
+        for client in clients:
+            stack.enter_context(gevent.socket.socket(fileno=client.detach())).recv(4)
+    assert len(accepted) == 20
+    assert len(set(accepted)) == 1
 
 
 # --- native sockets where gevent's are handed over
