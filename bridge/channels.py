@@ -80,6 +80,7 @@ class Registration:
     """
 
     __slots__ = (
+        "accepts",
         "block",
         "channel",
         "context",
@@ -111,6 +112,8 @@ class Registration:
         #: Bytes of a full block, if one event may move several; else 0.
         self.block = 0
         self.listens = self.control is channel and isinstance(channel, Acceptor)
+        #: Turns of a listener that have been asked for, for connections that wait.
+        self.accepts = 0
         if self.control is not channel:
             if isinstance(channel, DTPHandler) and not getattr(channel, "moves_in_bulk", False):
                 self.block = RECORD if hasattr(channel, "_ssl_accepting") else BLOCK
@@ -167,7 +170,7 @@ class Registration:
         """Release the watcher; before the fd is closed. Twice is no harm."""
         if self.resting is not None:
             self._end_rest()
-        self.ready = 0
+        self.ready = self.accepts = 0
         self.parked = False
         watcher, self.watcher = self.watcher, None
         if watcher is not None:
@@ -290,9 +293,12 @@ class Registration:
 
     def _accept_more(self) -> None:
         """Ask for a turn for each connection that waits to be accepted."""
-        waiting = _waiting(self.channel.socket)
-        if waiting and self.watcher is not None:
-            self.ioloop._turns.again(self, min(waiting, ACCEPTS - 1))
+        if self.accepts:
+            self.accepts -= 1
+        elif self.watcher is not None:
+            self.accepts = min(_waiting(self.channel.socket), ACCEPTS - 1)
+            if self.accepts:
+                self.ioloop._turns.again(self, self.accepts)
 
     def _handle_error(self) -> None:
         """Let the channel deal with the exception being handled, and survive if it cannot."""
