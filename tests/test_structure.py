@@ -26,7 +26,9 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"drain", "monitor", "options", "servers", "site", "tls"},
+    "ftp": {"drain", "monitor", "options", "proxy", "servers", "site", "tls"},
+    "proxied": {"sockets"},
+    "proxy": {"options", "site"},
     "tls": {"options", "site"},
     "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
     "options": {""},
