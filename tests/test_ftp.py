@@ -388,7 +388,7 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
 
 #: Options pyftpdlib does not have.
 OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--atomic-uploads"} | {
-    "--proxy-protocol"
+    *("--proxy-protocol", "--masquerade", "--passive-ports")
 }
 
 

@@ -26,7 +26,8 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"drain", "monitor", "options", "proxy", "servers", "site", "tls"},
+    "ftp": {"drain", "monitor", "options", "passive", "proxy", "servers", "site", "tls"},
+    "passive": {"options", "site"},
     "proxied": {"sockets"},
     "proxy": {"options", "site"},
     "tls": {"options", "site"},
