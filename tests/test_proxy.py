@@ -538,10 +538,17 @@ def test_implicit_tls_after_the_header(tmp_path: Path, certfile: str) -> None:
 
 
 @pytest.mark.program
-@pytest.mark.parametrize("header", [V1, v2()], ids=["v1", "v2"])
-def test_the_command_takes_addresses_from_the_balancer(tmp_path: Path, header: bytes) -> None:
+@pytest.mark.parametrize(
+    ("header", "concurrency"),
+    [(V1, "async"), (v2(), "async"), (v2(), "pre-fork")],
+    ids=["v1", "v2", "pre-fork"],
+)
+def test_the_command_takes_addresses_from_the_balancer(
+    tmp_path: Path, header: bytes, concurrency: str
+) -> None:
     (tmp_path / "file").write_bytes(b"content")
-    with Command("--proxy-protocol", "127.0.0.9,10.0.0.0/8", directory=tmp_path) as server:
+    options = ("--proxy-protocol", "127.0.0.9,10.0.0.0/8", "--concurrency", concurrency)
+    with Command(*options, directory=tmp_path) as server:
         through = SimpleNamespace(address=("127.0.0.1", server.port))
         with Balanced(through, header, login=False, source="127.0.0.9") as client:
             assert client.reply().startswith("220")

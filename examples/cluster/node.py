@@ -1,0 +1,48 @@
+"""`python -m bridge.ftp` with users kept in Redis: how a program adds an option and what it does.
+
+The users are those of ../redis_authorizer.py; its directory has to be on PYTHONPATH, as the script `node`
+beside this file has it:
+
+    python ../redis_authorizer.py --redis redis://10.0.0.20 add alice secret /srv/ftp
+    ./node
+"""
+
+if __name__ == "__main__":  # before any other import: Redis' client knows nothing of gevent
+    from gevent import monkey
+
+    monkey.patch_all()
+
+import argparse
+import sys
+from types import SimpleNamespace
+
+from redis_authorizer import RedisAuthorizer, connect
+
+from bridge import ftp
+from bridge.options import UsageError
+from bridge.site import Site
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add --redis."""
+    parser.add_argument("--redis", metavar="URL", required=True, help="where the users are: redis://HOST")
+
+
+def configure(site: Site) -> None:
+    """Ask Redis about users, each time one logs in. A connection is made then, not here."""
+    try:
+        site.authorizer = RedisAuthorizer(connect(site.options.redis))
+    except ValueError as error:
+        raise UsageError(f"--redis: {error}") from None
+    site.users = "users in Redis"
+    site.client_options = "-u NAME:PASSWORD "
+
+
+def main() -> int:
+    """Run the server; return the exit code."""
+    ftp.FEATURES = (*ftp.FEATURES, SimpleNamespace(add_options=add_options, configure=configure))
+    return ftp.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
