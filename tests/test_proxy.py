@@ -159,6 +159,17 @@ def test_what_does_not_come_is_not_waited_for(sent: bytes) -> None:
             read_header(sock, 0.01)
 
 
+def test_a_header_that_trickles_in_has_no_longer() -> None:
+    with pair() as (balancer, sock):
+        reading = gevent.spawn(read_header, sock, 0.05)
+        balancer.send(SIGNATURE + b"\x21\x11\xff\xff")
+        while not reading.dead:
+            balancer.send(b"\0")
+            eventually(lambda: pending(sock) == 0 or reading.dead)
+        with pytest.raises(ProxyError, match="came in time"):
+            reading.get()
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.one_of(
@@ -361,8 +372,12 @@ def test_one_that_sends_no_header_delays_nobody(tmp_path: Path) -> None:
                 assert len(server.sessions()) == 1
 
 
-def test_a_server_that_stops_waits_for_no_header(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [b"", V1], ids=["nothing", "header"])
+def test_a_server_that_stops_waits_for_no_header(
+    tmp_path: Path, late: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also on a loop that lives on: the connection is closed, and its greenlet is gone (leak guard)."""
+    caplog.set_level(logging.INFO)
     ioloop = GeventIOLoop()
     server_class = type(
         "Server", (ProxyServerMixin, GeventFTPServer), {"proxy_networks": LOCALHOST, "proxy_timeout": 60}
@@ -372,9 +387,11 @@ def test_a_server_that_stops_waits_for_no_header(tmp_path: Path) -> None:
     try:
         with Balanced(server, b"", login=False) as client:
             eventually(lambda: server._without_header)
+            client.sock.sendall(late)  # there, but not yet seen
             server.stop(0)
             assert client.ended()
         eventually(lambda: not server._without_header)
+        assert "session opened" not in caplog.text
     finally:
         ioloop.close()
 
