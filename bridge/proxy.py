@@ -54,7 +54,9 @@ def configure(site: Site) -> None:
         raise UsageError(
             "--proxy-protocol needs proxy-protocol: pip install 'pyftpdlib-gevent[proxy]'"
         ) from None
-    site.server_mixins.append(ProxyServerMixin)
+    site.server_mixins.insert(
+        0, ProxyServerMixin
+    )  # what others do with an address, they do with the told one
     site.server_attributes["proxy_networks"] = trusted
     site.mixins.append(QuietChecksMixin)
     site.attributes["passive_dtp"] = ProxiedPassiveDTP
