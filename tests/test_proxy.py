@@ -473,6 +473,16 @@ def test_who_waits_for_a_header_can_be_disconnected(tmp_path: Path) -> None:
             assert data.recv(1) == b""
 
 
+def test_a_session_that_is_closed_meanwhile_leaves_no_data_connection(tmp_path: Path) -> None:
+    """By a program that does so itself."""
+    with behind(tmp_path, proxy_timeout=60) as server, Balanced(server) as client:
+        with client.data(b"") as data:
+            eventually(lambda: server.sessions()[0].waiting_since)
+            server.sessions()[0].handler.close()
+            data.sendall(V1)
+            assert data.recv(1) == b""
+
+
 def test_a_socket_for_ipv6_makes_no_other_client(tmp_path: Path) -> None:
     """A dual-stack listener says ::ffff:127.0.0.5 of a client whom the balancer calls 127.0.0.5."""
     listener = socket.socket(socket.AF_INET6)
