@@ -14,7 +14,7 @@ for instance. So
 - the user database, the time zone and the codecs are loaded before,
 - log files, certificates and lists of users stay as they were opened or read. What a feature opens anew on
   SIGHUP or SIGUSR1 has to lie in the chroot, under its old name. /proc and DNS are gone: names of hosts are
-  looked up at the start only.
+  looked up at the start only, and gevent's monitor does not watch the memory.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ from typing import Any
 from bridge.options import UsageError
 from bridge.site import Site
 
-#: What gevent, pyftpdlib and the standard library import at their first use: the monitor of the hub, MFMT's
-#: dates, names of hosts. (Found by comparing sys.modules at the start and after a session.)
-LATE_MODULES = ("_strptime", "encodings.idna", "gevent._monitor", "gevent._tracer", "gevent.util")
+#: What gevent, pyftpdlib and the standard library import at their first use: for MFMT's dates, names of
+#: hosts, a session's process, the hub's monitor. (Found by comparing sys.modules at the start and at the end.)
+LATE_MODULES = (
+    *("_strptime", "encodings.idna", "multiprocessing.connection", "multiprocessing.popen_fork"),
+    *("gevent._monitor", "gevent._tracer", "gevent.util"),
+)
 #: The same, of optional packages.
 LATE_OPTIONAL = ("psutil",)
 
@@ -145,6 +148,8 @@ def _chroot(site: Site, root: str) -> None:
     os.chroot(root)
     os.chdir("/")
     sys.meta_path[:] = [BuiltinImporter, FrozenImporter]
+    if not os.path.exists("/proc/self"):
+        sys.modules["psutil"] = None  # type: ignore[assignment]  # "not installed": gevent does without
 
 
 def _check_that_it_is_for_good(identity: Identity) -> None:
