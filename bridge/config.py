@@ -131,9 +131,7 @@ class _File:
         for item in values:
             if isinstance(item, bool) or not isinstance(item, (str, int, float)):
                 self._fail(f"{key}: {item} is neither text nor a number")
-        if not values:
-            return action.default
-        return self._parsed(key, action, [f"--{key}={item}" for item in values])
+        return self._parsed(key, action, [f"--{key}={item}" for item in values]) if values else []
 
     def _switched(self, key: str, action: argparse.Action, on: bool) -> Any:
         if action.nargs != 0 and action.nargs != "?":
@@ -146,7 +144,9 @@ class _File:
 
     def _parsed(self, key: str, action: argparse.Action, words: list[str]) -> Any:
         try:
-            return getattr(self._parser.parse_args(words), action.dest)
+            # (None: values are not added to those of a default)
+            unset = argparse.Namespace(**{action.dest: None})
+            return getattr(self._parser.parse_args(words, unset), action.dest)
         except argparse.ArgumentError as error:
             self._fail(f"{key}: {error.message}")
 
@@ -171,10 +171,17 @@ def _printed(
             continue
         if value is not None and action.nargs == 0:
             value = value is True or value == action.const
-        elif value is not None and not isinstance(value, (bool, int, float)):
+        elif value is not None and not _is_itself(value, parser.repeatable(action)):
             as_given = getattr(given, action.dest)
             value = written.get(key, value) if as_given is None else as_given
         yield f"# {key} =" if value is None else f"{key} = {_toml(value)}"
+
+
+def _is_itself(value: Any, repeatable: bool) -> bool:
+    """Whether a type's result says in TOML what its text says; a list of ports from "8000-8009" does not."""
+    if repeatable and isinstance(value, list):
+        return all(isinstance(item, (str, int, float)) for item in value)
+    return isinstance(value, (int, float))
 
 
 def _toml(value: Any) -> str:

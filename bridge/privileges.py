@@ -35,7 +35,7 @@ from bridge.options import UsageError
 from bridge.site import Site
 
 #: What gevent, pyftpdlib and the standard library import at their first use: for MFMT's dates, names of
-#: hosts, a session's process, the hub's monitor. (Found by comparing sys.modules at the start and at the end.)
+#: hosts, a session's process, the hub's monitor. (Found by comparing sys.modules at the start and the end.)
 LATE_MODULES = (
     *("_strptime", "encodings.idna", "multiprocessing.connection", "multiprocessing.popen_fork"),
     *("gevent._monitor", "gevent._tracer", "gevent.util"),
