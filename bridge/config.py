@@ -173,7 +173,8 @@ def _printed(
             value = value is True or value == action.const
         elif value is not None and not _is_itself(value, parser.repeatable(action)):
             as_given = getattr(given, action.dest)
-            value = written.get(key, value) if as_given is None else as_given
+            default = value if isinstance(value, str) else None  # no text: left out, as it is the default
+            value = written.get(key, default) if as_given is None else as_given
         yield f"# {key} =" if value is None else f"{key} = {_toml(value)}"
 
 

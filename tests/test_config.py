@@ -24,6 +24,7 @@ def make_parser() -> Parser:
     parser = parser_of(bridge.ftp.FEATURES)
     parser.add_argument("--allow", action="append", type=int, default=[1])
     parser.add_argument("--mode", nargs="?", const="plain", choices=("plain", "fancy"))
+    parser.add_argument("--size", type=complex, default=1j)  # a default that has no form in TOML
     parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True)
     return parser
 
@@ -174,6 +175,7 @@ SAMPLES = {
     "-u": "ada",
     "--nat-address": "192.0.2.1",
     "--allow": "7",
+    "--size": "3+2j",
 }
 
 
