@@ -149,11 +149,16 @@ def parser_of(features: Iterable[Any]) -> Parser:
     parser = Parser(
         prog="python -m bridge.ftp",
         usage="%(prog)s [OPTION ...]",
+        add_help=False,
         description="Share a directory over FTP. Without options: the current directory, read-only, "
         f"to anonymous users, on port {DEFAULT_PORT}.",
         epilog="Times are in seconds.",
     )
-    parser.add_argument("--version", action="version", version=f"bridge {bridge.__version__}")
+    about = parser.add_argument_group("about")
+    about.add_argument("-h", "--help", action="help", help="show all options")
+    about.add_argument(
+        "--version", action="version", version=f"bridge {bridge.__version__}", help="show the version"
+    )
     for add in (_add_main, _add_users, _add_data, _add_limits, _add_files, _add_logs):
         add(parser)
     for feature in features:
@@ -266,7 +271,7 @@ def _add_limits(parser: Parser) -> None:
         type=seconds,
         metavar="SECONDS",
         default=bridge.GeventFTPServer.stop_timeout,
-        help="let transfers finish for so long when told to stop (async, pre-fork; default: %(default)s)",
+        help="let transfers finish for so long when told to stop (async, pre-fork; default: %(default)g)",
     )
 
 
@@ -296,12 +301,12 @@ def _add_logs(parser: Parser) -> None:
         type=seconds,
         metavar="SECONDS",
         default=bridge.GeventIOLoop.long_wait,
-        help="log a session that has waited for so long in one command, 0 for never (default: %(default)s)",
+        help="log a session that has waited for so long in one command, 0 for never (default: %(default)g)",
     )
     group.add_argument(
         "--max-blocking-time",
         type=seconds,
         metavar="SECONDS",
         default=gevent.config.max_blocking_time,
-        help="log what stops all sessions for longer than this, 0 for never (default: %(default)s)",
+        help="log what stops all sessions for longer than this, 0 for never (default: %(default)g)",
     )

@@ -1,7 +1,7 @@
 """The examples for systemd and Docker agree with the command: its options, its ports, its times.
 
-systemd's own judgement is asked where systemd-analyze is installed. No image is built: what the Dockerfile says
-is read, and its health check run without it.
+systemd's own judgement is asked where systemd-analyze is installed. No image is built: what the Dockerfile
+says is read, and its health check run without it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ EXPOSURE = 20
 
 def options_after_module(words: list[str]) -> Namespace:
     assert words[1:3] == ["-m", "bridge.ftp"]
-    return parser_of(bridge.ftp.FEATURES).parse_args(words[3:])
+    options: Namespace = parser_of(bridge.ftp.FEATURES).parse_args(words[3:])
+    return options
 
 
 # --- systemd
@@ -71,14 +72,8 @@ def test_systemd_has_nothing_against_the_units(tmp_path: Path) -> None:
 @pytest.mark.program
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze (systemd)")
 def test_the_service_is_confined() -> None:
-    command = [
-        "systemd-analyze",
-        "security",
-        "--offline=yes",
-        "--no-pager",
-        f"--threshold={EXPOSURE}",
-        SERVICE,
-    ]
+    command = ["systemd-analyze", "security", "--offline=yes", "--no-pager"]
+    command += [f"--threshold={EXPOSURE}", str(SERVICE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert "Overall exposure level" in done.stdout, done
     assert done.returncode == 0, done.stdout
