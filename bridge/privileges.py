@@ -34,11 +34,13 @@ from typing import Any
 from bridge.options import UsageError
 from bridge.site import Site
 
-#: What gevent, pyftpdlib and the standard library import at their first use: for MFMT's dates, names of
-#: hosts, a session's process, the hub's monitor. (Found by comparing sys.modules at the start and the end.)
+#: What gevent, pyftpdlib and the standard library import at their first use: for MFMT's dates, names of hosts,
+#: a session's process, the hub's monitor and its reports. Found by comparing sys.modules at the start and the
+#: end, and by looking for imports in functions.
 LATE_MODULES = (
     *("_strptime", "encodings.idna", "multiprocessing.connection", "multiprocessing.popen_fork"),
-    *("gevent._monitor", "gevent._tracer", "gevent.util"),
+    *("gevent._monitor", "gevent._tracer", "gevent.local", "gevent.resolver.thread", "gevent.threadpool"),
+    "gevent.util",
 )
 #: The same, of optional packages.
 LATE_OPTIONAL = ("psutil",)
@@ -70,6 +72,8 @@ def configure(site: Site) -> None:
     if os.geteuid() != 0:
         raise UsageError("--user: only root can become another user; start as root or leave --user out")
     root = None if options.chroot is None else _root(options.chroot, site.directory)
+    if root is not None:
+        site.before.append(lambda: _check_homes(site, root))
     site.after.append(lambda: _drop(site, identity, root))
     where = "" if root is None else f", in {root}"
     site.told.append(f"Runs as user {identity.user}{where}")
@@ -111,6 +115,22 @@ def _root(path: str, directory: str) -> str:
     return root
 
 
+def _users(site: Site) -> list[dict[str, Any]]:
+    """Each user's entry in pyftpdlib's DummyAuthorizer; other authorizers keep homes as they like."""
+    return list(getattr(site.authorizer, "user_table", {}).values())
+
+
+def _check_homes(site: Site, root: str) -> None:
+    for user in _users(site):
+        if os.path.commonpath([root, user["home"]]) != root:
+            raise UsageError(f"--chroot: the home {user['home']!r} is not in {root!r}; choose one above it")
+
+
+def _inside(path: str, root: str) -> str:
+    """The name in the chroot of what is called *path* outside."""
+    return os.path.normpath("/" + os.path.relpath(path, root))
+
+
 # --- runs in the main process, when the server is bound
 
 
@@ -139,12 +159,9 @@ def _load() -> None:
 
 
 def _chroot(site: Site, root: str) -> None:
-    inside = "/" + os.path.relpath(site.directory, root)
-    site.directory = os.path.normpath(inside)
-    for user in getattr(site.authorizer, "user_table", {}).values():  # pyftpdlib's DummyAuthorizer
-        if os.path.commonpath([root, user["home"]]) != root:
-            raise UsageError(f"--chroot: the home {user['home']!r} is not in {root!r}")
-        user["home"] = os.path.normpath("/" + os.path.relpath(user["home"], root))
+    site.directory = _inside(site.directory, root)
+    for user in _users(site):
+        user["home"] = _inside(user["home"], root)
     os.chroot(root)
     os.chdir("/")
     sys.meta_path[:] = [BuiltinImporter, FrozenImporter]

@@ -199,6 +199,30 @@ def test_root_cannot_be_had_again_and_nothing_is_imported_from_the_chroot(jail: 
         assert os.readlink(f"/proc/{server.pid}/root") == str(jail)
 
 
+BLOCKING = r"""
+import sys, time
+import bridge.ftp
+from pyftpdlib.handlers import FTPHandler
+
+FTPHandler.on_login = lambda self, username: time.sleep(0.5)  # five times --max-blocking-time
+sys.exit(bridge.ftp.main())
+"""
+
+
+def test_what_blocks_the_hub_is_still_named(jail: Path) -> None:
+    """By gevent's monitor, which imports a good deal when it has something to say."""
+    options = ["--user", "nobody", "--chroot", str(jail)]
+    with (
+        Command(*options, program=["-c", BLOCKING], directory=jail / "pub") as server,
+        log_in(server) as client,
+    ):
+        server.logged("blocks the hub for more than 0.1 s")
+        client.quit()
+        code, output = server.stop()
+        assert code == 0, output
+        assert "Traceback" not in output
+
+
 def test_the_start_says_the_path_of_outside(jail: Path) -> None:
     with Command("--user", "nobody", "--chroot", str(jail), directory=jail / "pub") as server:
         assert server.stdout.startswith(f"Serving {jail}/pub (read-only)")
