@@ -34,9 +34,9 @@ from typing import Any
 from bridge.options import UsageError
 from bridge.site import Site
 
-#: What gevent, pyftpdlib and the standard library import at their first use: for MFMT's dates, names of hosts,
-#: a session's process, the hub's monitor and its reports. Found by comparing sys.modules at the start and the
-#: end, and by looking for imports in functions.
+#: What gevent, pyftpdlib and the standard library import at their first use: for MFMT's dates, names of
+#: hosts, a session's process, the hub's monitor and its reports. Found by comparing sys.modules at the start
+#: and the end, and by looking for imports in functions.
 LATE_MODULES = (
     *("_strptime", "encodings.idna", "multiprocessing.connection", "multiprocessing.popen_fork"),
     *("gevent._monitor", "gevent._tracer", "gevent.local", "gevent.resolver.thread", "gevent.threadpool"),

@@ -141,6 +141,25 @@ def test_check_tells_systemd_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run(sys.executable, "-m", "bridge.ftp", "--check", directory=tmp_path).returncode == 0
 
 
+FORKED = """
+import os, sys
+from bridge.notify import Notifier
+notifier = Notifier(os.environ["NOTIFY_SOCKET"])
+child = os.fork()
+if child == 0:
+    notifier.tell("stopping", str)
+    os._exit(0)
+os.waitpid(child, 0)
+notifier.tell("reloading", str)
+"""
+
+
+def test_a_child_process_tells_nothing(systemd: Systemd) -> None:
+    result = run(sys.executable, "-c", FORKED)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert systemd.message().startswith("RELOADING=1\n")
+
+
 # --- the watchdog
 
 

@@ -24,6 +24,9 @@ from pathlib import Path
 import pytest
 from cli import LIMIT, Command, certificate, run
 
+import bridge.ftp
+from bridge.options import UsageError, parser_of
+
 pytestmark = [
     pytest.mark.program,
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"),
@@ -291,6 +294,14 @@ def test_the_directory_must_lie_in_the_chroot(jail: Path) -> None:
     (jail / "public").mkdir()  # its name begins with that of the chroot
     message = failure(jail, "--user", "nobody", "--chroot", "pub", "-d", "public")
     assert message == f"--chroot: --directory '{jail}/public' is not in '{jail}/pub'; choose one above it"
+
+
+def test_the_homes_of_users_must_lie_in_the_chroot(jail: Path) -> None:
+    argv = ["--user", "nobody", "--chroot", str(jail), "-d", str(jail / "pub")]
+    site = bridge.ftp.site_of(parser_of(bridge.ftp.FEATURES).parse_args(argv))
+    site.authorizer.add_user("ada", "lovelace", "/")
+    with pytest.raises(UsageError, match=f"^--chroot: the home '/' is not in '{jail}'; choose one above it$"):
+        site.prepare()
 
 
 def test_the_user_must_be_able_to_read_the_directory(jail: Path) -> None:
