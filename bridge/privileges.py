@@ -4,8 +4,8 @@ A feature of the command (site.py). It acts when the server is bound, before any
 
     bound --> load what is needed later --> chroot --> setgroups, setgid, setuid --> try to become root again
 
-All of it is for good. Real, effective and saved ids are set, so the kernel drops all capabilities; that root
-cannot be had again is tried, not assumed.
+All of it is for good. Real, effective and saved ids are set, so the kernel takes the effective and permitted
+capabilities away; that root cannot be had again is tried, not assumed.
 
 After a chroot the paths of outside are gone, and what lies at the same path inside may be anything, an upload
 for instance. So
@@ -136,11 +136,17 @@ def _inside(path: str, root: str) -> str:
 
 def _drop(site: Site, identity: Identity, root: str | None) -> None:
     _load()
-    if root is not None:
-        _chroot(site, root)
-    os.setgroups(identity.groups)
-    os.setresgid(identity.gid, identity.gid, identity.gid)
-    os.setresuid(identity.uid, identity.uid, identity.uid)
+    try:
+        if root is not None:
+            _chroot(site, root)
+        os.setgroups(identity.groups)
+        os.setresgid(identity.gid, identity.gid, identity.gid)
+        os.setresuid(identity.uid, identity.uid, identity.uid)
+    except OSError as error:
+        raise UsageError(
+            f"--user/--chroot: {error.strerror}; root needs CAP_SETUID and CAP_SETGID, "
+            "for --chroot CAP_SYS_CHROOT"
+        ) from None
     _check_that_it_is_for_good(identity)
     _check_access(site, identity)
 

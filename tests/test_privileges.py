@@ -272,6 +272,20 @@ def test_only_root_may(jail: Path) -> None:
     )
 
 
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
+@pytest.mark.parametrize("capability", ["setuid", "setgid", "sys_chroot"])
+def test_a_root_that_may_not_is_an_error(jail: Path, capability: str) -> None:
+    """In a container, say."""
+    command = ["setpriv", f"--bounding-set=-{capability}", sys.executable, "-m", "bridge.ftp", "-p", "0"]
+    result = run(*command, "--user", "nobody", "--chroot", str(jail), directory=jail / "pub")
+    assert (result.returncode, result.stdout) == (2, ""), result
+    assert result.stderr.splitlines()[-1] == (
+        "python -m bridge.ftp: error: --user/--chroot: Operation not permitted; "
+        "root needs CAP_SETUID and CAP_SETGID, for --chroot CAP_SYS_CHROOT"
+    )
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
