@@ -24,7 +24,8 @@ import gevent
 from pyftpdlib.log import PREFIX, PREFIX_MPROC, config_logging
 from pyftpdlib.prefork import cpu_count, fork_processes
 
-from bridge import passive, proxy, tls
+from bridge import config, notify, passive, privileges, proxy, tls
+from bridge.announcing import announcement, summary
 from bridge.drain import KILL_GRACE
 from bridge.monitor import watch_hub
 from bridge.options import UsageError, parser_of
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 FORCE = 2 * KILL_GRACE
 
 #: What takes part in a site, in this order: modules with `add_options(parser)` and `configure(site)`.
-FEATURES: tuple[Any, ...] = (tls, passive, proxy)
+FEATURES: tuple[Any, ...] = (config, tls, passive, proxy, privileges, notify)
 
 
 def site_of(options: argparse.Namespace) -> Site:
@@ -49,21 +50,6 @@ def site_of(options: argparse.Namespace) -> Site:
 
 
 # --- running
-
-
-def _announce(site: Site) -> None:
-    """Say where it listens, how to connect and how to stop."""
-    host, port = site.server.address
-    shown = "localhost" if host in ("0.0.0.0", "::") else host
-    url_host = f"[{shown}]" if ":" in shown else shown
-    for line in (
-        f"Serving {site.directory} {'(writable)' if site.options.write else '(read-only)'} "
-        f"to {site.users} on {host} port {port}",
-        *site.told,
-        f"Connect:  curl {site.client_options}ftp://{url_host}:{port}/",
-        "Stop:     Ctrl-C",
-    ):
-        print(line, flush=True)
 
 
 def _on_signals(*reactions: Callable[[], object]) -> None:
@@ -85,6 +71,14 @@ def _on_signals(*reactions: Callable[[], object]) -> None:
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+
+
+def _telling(site: Site, stop: Callable[[], object]) -> Callable[[], object]:
+    def reaction() -> None:
+        stop()
+        site.tell("stopping")
+
+    return reaction
 
 
 def _whenever(number: int, reaction: Callable[[], object]) -> None:
@@ -118,9 +112,9 @@ def _serve(site: Site, announce: Callable[[], None]) -> None:
         return lambda: hub.loop.run_callback_threadsafe(gevent.spawn, function, *args)
 
     if isinstance(server, GeventFTPServer):
-        _on_signals(soon(server.stop), soon(server.stop, 0))
+        _on_signals(_telling(site, soon(server.stop)), soon(server.stop, 0))
     else:
-        _on_signals(soon(server.close_all))
+        _on_signals(_telling(site, soon(server.close_all)))
     for number, reactions in ((signal.SIGHUP, site.reload), (signal.SIGUSR1, site.rotate)):
         if reactions:
             _whenever(number, soon(_all, reactions))
@@ -167,7 +161,7 @@ def _prefork(site: Site, announce: Callable[[], None]) -> None:
     last child has.
     """
     drain, force = _Pipe(), _Pipe()
-    _on_signals(drain.close, force.close)
+    _on_signals(_telling(site, drain.close), force.close)
     announce()
     fork_processes(cpu_count())
     for pipe, timeout in ((drain, None), (force, 0)):
@@ -189,7 +183,7 @@ def _stop_after(reader: int, server: Any, timeout: float | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit code. Wrong options exit with 2 (SystemExit), as argparse does."""
     parser = parser_of(FEATURES)
-    options = parser.parse_args(argv)
+    options = config.parse(lambda: parser_of(FEATURES), argv)
     config_logging(
         level=logging.DEBUG if options.debug else logging.INFO,
         prefix=PREFIX_MPROC if options.concurrency in ("pre-fork", "multi-proc") else PREFIX,
@@ -197,6 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         site = site_of(options)
+        if options.check:
+            site.prepare()
+            print(f"As it should be: {summary(site)}", flush=True)
+            return 0
         site.bind()
     except UsageError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -206,6 +204,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         site.server.close_all()
     return 0
+
+
+def _announce(site: Site) -> None:
+    for line in announcement(site, sys.stdout):
+        print(line, flush=True)
+    site.tell("ready")
 
 
 if __name__ == "__main__":

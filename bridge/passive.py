@@ -63,7 +63,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--masquerade",
         action="append",
-        default=[],
         metavar="[NETWORK=]ADDRESS",
         help="address to tell clients of this network in passive mode, or without NETWORK all others; may be "
         f"given several times, and the smallest network counts; {OWN} for the server's own address",
@@ -83,7 +82,7 @@ def configure(site: Site) -> None:
 def _configure_addresses(site: Site) -> None:
     everybody: list[str | None] = []
     networks: dict[ipaddress.IPv4Network, str | None] = {}
-    for value in site.options.masquerade:
+    for value in site.options.masquerade or ():
         network_text, equals, address_text = value.rpartition("=")
         address = None if address_text == OWN else _address(address_text)
         if not equals:

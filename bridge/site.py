@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import socket
 import warnings
 from collections.abc import Callable
@@ -59,16 +60,22 @@ class Site:
             "max_cons": options.max_cons,
             "max_cons_per_ip": options.max_cons_per_ip,
         }
-        #: Called once before the server is bound, when `handler` exists.
+        #: The directory's name for the line at start-up; `directory` changes with a chroot.
+        self.place = self.directory
+        #: Called once before the server is bound, when `handler` exists; and once when it is bound, before
+        #: processes are forked.
         self.before: list[Callable[[], object]] = []
+        self.after: list[Callable[[], object]] = []
         #: Called in each serving process, on its hub, before it serves; each returns what ends it again.
         self.services: list[Callable[[], Callable[[], object]]] = []
         #: Called in a greenlet on SIGHUP and on SIGUSR1: take up what has changed, open log files anew.
         self.reload: list[Callable[[], object]] = []
         self.rotate: list[Callable[[], object]] = []
-        #: Lines to print at start-up, and what curl needs besides the address.
+        #: Called by `tell`.
+        self.states: list[Callable[[str], object]] = []
+        #: Lines to print at start-up, and what curl needs besides the address (it asks for the password).
         self.told: list[str] = []
-        self.client_options = f"-u {options.username}:PASSWORD " if options.username else ""
+        self.client_options = f"-u {shlex.quote(options.username)} " if options.username else ""
         #: Processes that serve at once have a column each in every one of the tables of `shared`.
         self.slots = 1
         self.slot = 0
@@ -76,14 +83,32 @@ class Site:
         self.handler: Any = None
         self.server: Any = None
 
-    def bind(self) -> None:
-        """Make `handler` and `server`, which listens but accepts nothing yet."""
+    def prepare(self) -> None:
+        """Make `handler` and check all that can be checked without listening."""
         self.handler = self._handler_class()
         for step in self.before:
             step()
+
+    def bind(self) -> None:
+        """Make `handler` and `server`, which listens but accepts nothing yet."""
+        self.prepare()
         self.server = self._server()
-        if self.options.atomic_uploads:
-            remove_leftovers(self.directory)
+        try:
+            if self.options.atomic_uploads:
+                remove_leftovers(self.directory)
+            for step in self.after:
+                step()
+        except BaseException:
+            self.server.close_all()
+            raise
+
+    def tell(self, state: str) -> None:
+        """Tell whoever started the process that it is now `ready`, `reloading` or `stopping`.
+
+        For the main process, the one that was started; also in signal handlers.
+        """
+        for step in self.states:
+            step(state)
 
     def _handler_class(self) -> Any:
         base = self.base

@@ -387,9 +387,9 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
 
 
 #: Options pyftpdlib does not have.
-OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--atomic-uploads"} | {
-    *("--proxy-protocol", "--masquerade", "--passive-ports")
-}
+OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--atomic-uploads"}
+OURS |= {"--config", "--check", "--print-config", "--user", "--chroot"}
+OURS |= {"--proxy-protocol", "--masquerade", "--passive-ports"}
 
 
 def option_names(help_text: str) -> set[str]:

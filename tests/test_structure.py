@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import subprocess
 import sys
@@ -26,8 +27,13 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"drain", "monitor", "options", "passive", "proxy", "servers", "site", "tls"},
+    "ftp": {"announcing", "config", "drain", "monitor", "notify", "options", "passive", "privileges", "proxy"}
+    | {"servers", "site", "tls"},
+    "announcing": {"site"},
+    "config": {"options", "site"},
+    "notify": {"announcing", "options", "site"},
     "passive": {"options", "site"},
+    "privileges": {"options", "site"},
     "proxied": {"sockets"},
     "proxy": {"options", "site"},
     "tls": {"options", "site"},
@@ -111,6 +117,13 @@ assert not [kwargs for kwargs in hooks if "bridge" in repr(kwargs)]
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
+        (argparse, "_AppendAction"),
+        (argparse, "_ExtendAction"),
+        (argparse.ArgumentParser(), "_actions"),
+        (argparse.ArgumentParser(), "_action_groups"),
+        (argparse.ArgumentParser().add_argument_group(), "_group_actions"),
+        (argparse.ArgumentParser, "_get_formatter"),
+        (argparse.HelpFormatter, "_expand_help"),
         (pyftpdlib.ioloop, "_IOLoop"),
         (pyftpdlib.ioloop, "_Scheduler"),
         (pyftpdlib.ioloop, "_CallLater"),

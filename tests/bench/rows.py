@@ -24,6 +24,7 @@ Amount = tuple[int, int]
 SMALL, MEDIUM, BIG = 4096, (4_000_000, 200_000), (256_000_000, 2_000_000)
 ENTRIES = (10_000, 200)
 THOUSAND, FIVE_THOUSAND = (1_000, 20), (5_000, 50)
+TEN_THOUSAND = (10_000, 50)
 ALL = (100, 5)
 #: Seconds nobody does anything, and that the web application is asked.
 IDLE_SECONDS, WEB_SECONDS = (2, 1), (2, 1)
@@ -113,6 +114,7 @@ ROWS = (
     Row("list", "LIST of 10 000 entries", ("listing", "many", ENTRIES, (2, 1)), "entry", sessions=(1, 1)),
     Row("memory", "memory of an idle session, kB", idle=THOUSAND, alone=False),
     Row("idle", "CPU in 1 s with 1 000 idle sessions, ms", idle=THOUSAND, alone=False),
+    Row("idle-10000", "CPU in 1 s with 10 000 idle sessions, ms", idle=TEN_THOUSAND, alone=False),
     Row("web", "pywsgi beside 50 RETR", sessions=(50, 5), alone=False),
 )
 
@@ -223,7 +225,7 @@ class Stand:
         assert server is not None
         server.resume()
         self._clients[0].pin(self._cores[0 if together else 1])
-        special = {"idle": self._idle, "web": self._web}.get(self._row.key)
+        special = {"idle": self._idle, "idle-10000": self._idle, "web": self._web}.get(self._row.key)
         if special is not None:
             return special(server)
         before = server.cpu()
