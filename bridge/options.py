@@ -134,7 +134,7 @@ def parser_of(features: Iterable[Any]) -> argparse.ArgumentParser:
         "--concurrency",
         choices=CONCURRENCY,
         default="async",
-        help="one process and one hub for all sessions, a process for each core, a native thread for each "
+        help="one process and one hub for all sessions, as --workers 0, a native thread for each "
         "session, or a process for each session (default: %(default)s)",
     )
 
@@ -170,7 +170,7 @@ def parser_of(features: Iterable[Any]) -> argparse.ArgumentParser:
         type=count,
         metavar="COUNT",
         default=bridge.GeventFTPServer.max_cons,
-        help="simultaneous sessions (in each process), 0 for no limit (default: %(default)s)",
+        help="simultaneous sessions, 0 for no limit (default: %(default)s)",
     )
     other.add_argument(
         "--max-cons-per-ip",

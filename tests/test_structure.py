@@ -26,7 +26,11 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"drain", "monitor", "options", "servers", "site", "tls"},
+    "ftp": {"monitor", "options", "servers", "signals", "site", "tls", "workers"},
+    "workers": {"limits", "options", "signals", "site", "supervisor"},
+    "supervisor": {"signals", "site"},
+    "limits": {"servers", "shared"},
+    "signals": {"drain"},
     "tls": {"options", "site"},
     "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
     "options": {""},
