@@ -5,40 +5,36 @@ or exits. What the options are is in options.py and in the modules of FEATURES; 
 
 The first SIGINT or SIGTERM drains the server, and the process exits with 0; the second cuts what is left, and
 ends the process with that signal if it is still there FORCE seconds later; the third ends it at once. SIGHUP
-takes up what has changed, SIGUSR1 opens log files anew, where a feature has something to do then.
+takes up what has changed, SIGUSR1 opens log files anew, where a feature has something to do then. What
+becomes of workers is in supervisor.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gevent
 from pyftpdlib.log import PREFIX, PREFIX_MPROC, config_logging
-from pyftpdlib.prefork import cpu_count, fork_processes
 
-from bridge import config, notify, passive, privileges, proxy, tls
+from bridge import config, notify, passive, privileges, proxy, signals, tls, workers
 from bridge.announcing import announcement, summary
-from bridge.drain import KILL_GRACE
 from bridge.monitor import watch_hub
 from bridge.options import UsageError, parser_of
 from bridge.servers import GeventFTPServer
 from bridge.site import Site
 
-log = logging.getLogger(__name__)
-
-#: Seconds a server has to end after the second signal: what `stop(0)` may take, and as much again.
-FORCE = 2 * KILL_GRACE
-
 #: What takes part in a site, in this order: modules with `add_options(parser)` and `configure(site)`.
-FEATURES: tuple[Any, ...] = (config, tls, passive, proxy, privileges, notify)
+#: Workers come before what makes tables for all processes, and bind before privileges are dropped; notify
+#: acts around what others do on SIGHUP.
+FEATURES: tuple[Any, ...] = (config, workers, tls, passive, proxy, privileges, notify)
+
+#: With these, log lines name their process.
+MPROC = ("pre-fork", "multi-proc")
 
 
 def site_of(options: argparse.Namespace) -> Site:
@@ -52,53 +48,12 @@ def site_of(options: argparse.Namespace) -> Site:
 # --- running
 
 
-def _on_signals(*reactions: Callable[[], object]) -> None:
-    """Each SIGINT or SIGTERM calls the next of *reactions*; after them it ends the process, as by itself.
-
-    Plain Python handlers, not watchers on the hub: they also run when a handler blocks the hub. A reaction
-    must not raise: in the middle of a fork, Python drops exceptions.
-    """
-    pid = os.getpid()
-    left = list(reactions)
-
-    def on_signal(number: int, frame: Any) -> None:
-        if os.getpid() != pid or not left:  # (a session's process inherits this handler)
-            _end_by(number)
-            return
-        left.pop(0)()
-        if not left and len(reactions) > 1:
-            threading.Thread(target=_end_after, args=(FORCE, number), daemon=True).start()
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-
-
 def _telling(site: Site, stop: Callable[[], object]) -> Callable[[], object]:
     def reaction() -> None:
         stop()
         site.tell("stopping")
 
     return reaction
-
-
-def _whenever(number: int, reaction: Callable[[], object]) -> None:
-    pid = os.getpid()
-    # (a session's process inherits this handler)
-    signal.signal(number, lambda *_: reaction() if os.getpid() == pid else None)
-
-
-def _end_by(number: int) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-
-
-# --- runs in a native thread: no gevent
-
-
-def _end_after(seconds: float, number: int) -> None:
-    time.sleep(seconds)
-    print(f"ends: signal {number} came twice, and something blocks", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), number)  # the third
 
 
 # --- runs in the main greenlet
@@ -112,12 +67,12 @@ def _serve(site: Site, announce: Callable[[], None]) -> None:
         return lambda: hub.loop.run_callback_threadsafe(gevent.spawn, function, *args)
 
     if isinstance(server, GeventFTPServer):
-        _on_signals(_telling(site, soon(server.stop)), soon(server.stop, 0))
+        signals.on_signals(_telling(site, soon(server.stop)), soon(server.stop, 0))
     else:
-        _on_signals(_telling(site, soon(server.close_all)))
+        signals.on_signals(_telling(site, soon(server.close_all)))
     for number, reactions in ((signal.SIGHUP, site.reload), (signal.SIGUSR1, site.rotate)):
         if reactions:
-            _whenever(number, soon(_all, reactions))
+            signals.whenever(number, soon(signals.run_all, reactions))
     endings = [start() for start in site.services]
     if site.options.max_blocking_time:
         endings.append(watch_hub(hub, site.options.max_blocking_time))
@@ -129,64 +84,13 @@ def _serve(site: Site, announce: Callable[[], None]) -> None:
             end()
 
 
-def _all(reactions: list[Callable[[], object]]) -> None:
-    for reaction in reactions:
-        try:
-            reaction()
-        except Exception:
-            log.exception("%r failed", reaction)
-
-
-class _Pipe:
-    """A word from the pre-fork parent to its children: they hold the reading end and see it close.
-
-    Its death says everything at once.
-    """
-
-    def __init__(self) -> None:
-        self.reader, self._writer = os.pipe()
-
-    def close(self) -> None:
-        """Close the writing end; more than once is no harm."""
-        writer, self._writer = self._writer, -1
-        if writer >= 0:
-            os.close(writer)
-
-
-def _prefork(site: Site, announce: Callable[[], None]) -> None:
-    """Serve in one child for each core; the parent waits for them in here and leaves by SystemExit.
-
-    A signal closes the parent's end of a pipe, and each child stops its server: the first to drain, the
-    second at once. They also stop when the parent is gone for another reason. The parent leaves when the
-    last child has.
-    """
-    drain, force = _Pipe(), _Pipe()
-    _on_signals(_telling(site, drain.close), force.close)
-    announce()
-    fork_processes(cpu_count())
-    for pipe, timeout in ((drain, None), (force, 0)):
-        pipe.close()
-        gevent.spawn(_stop_after, pipe.reader, site.server, timeout)
-    _serve(site, lambda: None)
-
-
-def _stop_after(reader: int, server: Any, timeout: float | None) -> None:
-    hub = gevent.get_hub()
-    watcher = hub.loop.io(reader, 1)
-    try:
-        hub.wait(watcher)
-    finally:
-        watcher.close()
-    server.stop(timeout)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit code. Wrong options exit with 2 (SystemExit), as argparse does."""
     parser = parser_of(FEATURES)
     options = config.parse(lambda: parser_of(FEATURES), argv)
     config_logging(
         level=logging.DEBUG if options.debug else logging.INFO,
-        prefix=PREFIX_MPROC if options.concurrency in ("pre-fork", "multi-proc") else PREFIX,
+        prefix=PREFIX_MPROC if options.workers != 1 or options.concurrency in MPROC else PREFIX,
         other_loggers=[logging.getLogger("bridge")],
     )
     try:
@@ -198,9 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         site.bind()
     except UsageError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    serve = _prefork if options.concurrency == "pre-fork" else _serve
     try:
-        serve(site, lambda: _announce(site))
+        if site.workers > 1:
+            workers.run(site, _serve, lambda: _announce(site))
+        else:
+            _serve(site, lambda: _announce(site))
     finally:
         site.server.close_all()
     return 0

@@ -200,7 +200,7 @@ def _add_main(parser: Parser) -> None:
         "--concurrency",
         choices=CONCURRENCY,
         default="async",
-        help="one process and one hub for all sessions, a process for each core, a native thread for each "
+        help="one process and one hub for all sessions, as --workers 0, a native thread for each "
         "session, or a process for each session (default: %(default)s)",
     )
 
@@ -250,7 +250,7 @@ def _add_limits(parser: Parser) -> None:
         type=count,
         metavar="COUNT",
         default=bridge.GeventFTPServer.max_cons,
-        help="simultaneous sessions (in each process), 0 for no limit (default: %(default)s)",
+        help="simultaneous sessions, 0 for no limit (default: %(default)s)",
     )
     group.add_argument(
         "--max-cons-per-ip",

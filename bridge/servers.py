@@ -17,6 +17,8 @@ that wait are ended by an exception, and files are closed.
 
 What is whose: a loop that is passed in is borrowed; one that the server makes ends with it. A socket that is
 passed in becomes the server's, as pyftpdlib has it.
+
+(Over 400 lines: a server's life is one state, and one class.)
 """
 
 from __future__ import annotations
@@ -341,7 +343,7 @@ class GeventFTPServer(FTPServer):
         try:
             if self._state != "started":  # while its constructor waited
                 handler.finish(FAREWELL)
-            elif self.max_cons and len(self._sessions) > self.max_cons:
+            elif self.max_cons and self.session_count() > self.max_cons:
                 handler.handle_max_cons()
             elif self.max_cons_per_ip and self.ip_map.count(ip) > self.max_cons_per_ip:
                 handler.handle_max_cons_per_ip()
@@ -351,6 +353,10 @@ class GeventFTPServer(FTPServer):
         except Exception:
             handler.handle_error()
         return None
+
+    def session_count(self) -> int:
+        """What `max_cons` limits."""
+        return len(self._sessions)
 
     def handle_error(self) -> None:
         """Log what an accept raised; unlike pyftpdlib's, go on listening unless the socket is broken."""

@@ -69,6 +69,7 @@ class Site:
         #: Called in each serving process, on its hub, before it serves; each returns what ends it again.
         self.services: list[Callable[[], Callable[[], object]]] = []
         #: Called in a greenlet on SIGHUP and on SIGUSR1: take up what has changed, open log files anew.
+        #: (`rotate` also in the parent of workers, which has no hub.)
         self.reload: list[Callable[[], object]] = []
         self.rotate: list[Callable[[], object]] = []
         #: Called by `tell`.
@@ -76,6 +77,10 @@ class Site:
         #: Lines to print at start-up, and what curl needs besides the address (it asks for the password).
         self.told: list[str] = []
         self.client_options = f"-u {shlex.quote(options.username)} " if options.username else ""
+        #: Worker processes; a directory for their sockets, readable by nobody else (None without workers).
+        self.workers = 1
+        self.listeners: list[Any] = []  # one for each worker, the server's among them
+        self.runtime_dir: str | None = None
         #: Processes that serve at once have a column each in every one of the tables of `shared`.
         self.slots = 1
         self.slot = 0
@@ -102,6 +107,10 @@ class Site:
             self.server.close_all()
             raise
 
+    def serve_on(self, listener: socket.socket) -> None:
+        """Make another `server`, for a worker, on a bound socket, which becomes the server's."""
+        self.server = self._server(listener)
+
     def tell(self, state: str) -> None:
         """Tell whoever started the process that it is now `ready`, `reloading` or `stopping`.
 
@@ -124,7 +133,7 @@ class Site:
         # Whatever the server: pyftpdlib's handlers take a reset for the end of the file.
         return prepared(handler) if self.options.atomic_uploads else handler
 
-    def _server(self) -> Any:
+    def _server(self, listener: socket.socket | None = None) -> Any:
         options = self.options
         base: Any = {
             "multi-thread": servers.ThreadedFTPServer,
@@ -136,7 +145,8 @@ class Site:
         server_class: Any = type("Server", (*self.server_mixins, base), attributes)
         ioloop = GeventIOLoop()
         ioloop.long_wait = options.long_wait
-        where: list[Any] = [*systemd_sockets()] or [(options.interface, options.port)]
+        where: list[Any] = [listener] if listener else [*systemd_sockets()]
+        where = where or [(options.interface, options.port)]
         if len(where) > 1:
             raise UsageError(f"LISTEN_FDS: systemd passed {len(where)} sockets, and one is served")
         try:

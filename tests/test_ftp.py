@@ -23,10 +23,10 @@ import pytest
 from cli import LIMIT, Command, certificate, run
 from pyftpdlib import servers
 from pyftpdlib.handlers import DTPHandler, FTPHandler
-from pyftpdlib.prefork import cpu_count
 
 import bridge.ftp
 from bridge.options import parser_of
+from bridge.workers import cores
 
 pytestmark = pytest.mark.program
 
@@ -388,7 +388,7 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
 
 #: Options pyftpdlib does not have.
 OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--atomic-uploads"}
-OURS |= {"--config", "--check", "--print-config", "--user", "--chroot"}
+OURS |= {"--config", "--check", "--print-config", "--user", "--chroot", "--workers"}
 OURS |= {"--proxy-protocol", "--masquerade", "--passive-ports"}
 
 
@@ -557,10 +557,10 @@ def test_wrong_values_are_errors_that_name_the_option(
 
 def ready(server: Command, concurrency: str) -> list[psutil.Process]:
     """Its child processes, once every process serves."""
-    processes = cpu_count() if concurrency == "pre-fork" else 1
+    processes = cores() if concurrency == "pre-fork" else 1
     server.logged(r"\] passive ports: ", processes)
     children = server.children()
-    assert len(children) == (processes if concurrency == "pre-fork" else 0)
+    assert len(children) == (processes if processes > 1 else 0)
     return children
 
 
@@ -600,7 +600,7 @@ def test_a_signal_ends_it_also_while_a_client_is_connected(
         ready(server, concurrency)
         with log_in(server) as client:
             children = server.children()
-            assert len(children) == {"pre-fork": cpu_count(), "multi-proc": 1}.get(concurrency, 0)
+            assert len(children) == {"pre-fork": cores(), "multi-proc": 1}.get(concurrency, 0)
             server.send(number)
             server.exit_code()
             assert alive(children) == []
@@ -662,7 +662,7 @@ def test_killing_the_parent_of_pre_forked_processes_ends_them(tmp_path: Path) ->
         assert code == -signal.SIGKILL
         psutil.wait_procs(children, LIMIT)
         assert alive(children) == []
-        assert output.count(">>> shutting down FTP server") == cpu_count()
+        assert output.count(">>> shutting down FTP server") == cores()
 
 
 def test_killing_the_parent_of_pre_forked_processes_ends_their_sessions(tmp_path: Path) -> None:

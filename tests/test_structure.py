@@ -27,8 +27,8 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"announcing", "config", "drain", "monitor", "notify", "options", "passive", "privileges", "proxy"}
-    | {"servers", "site", "tls"},
+    "ftp": {"announcing", "config", "monitor", "notify", "options", "passive", "privileges", "proxy"}
+    | {"servers", "signals", "site", "tls", "workers"},
     "announcing": {"site"},
     "config": {"options", "site"},
     "notify": {"announcing", "options", "site"},
@@ -36,6 +36,10 @@ ARROWS = {
     "privileges": {"options", "site"},
     "proxied": {"sockets"},
     "proxy": {"options", "site"},
+    "workers": {"limits", "options", "signals", "site", "supervisor"},
+    "supervisor": {"signals", "site"},
+    "limits": {"servers", "shared"},
+    "signals": {"drain"},
     "tls": {"options", "site"},
     "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
     "options": {""},
