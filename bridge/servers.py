@@ -17,6 +17,8 @@ that wait are ended by an exception, and files are closed.
 
 What is whose: a loop that is passed in is borrowed; one that the server makes ends with it. A socket that is
 passed in becomes the server's, as pyftpdlib has it.
+
+(Over 400 lines: a server's life is one state, and one class.)
 """
 
 from __future__ import annotations
@@ -339,8 +341,11 @@ class GeventFTPServer(FTPServer):
             return None
         self._sessions[handler] = None
         try:
+            refusal = self.admit(ip)
             if self._state != "started":  # while its constructor waited
                 handler.finish(FAREWELL)
+            elif refusal is not None:
+                handler.finish(refusal)
             elif self.max_cons and len(self._sessions) > self.max_cons:
                 handler.handle_max_cons()
             elif self.max_cons_per_ip and self.ip_map.count(ip) > self.max_cons_per_ip:
@@ -350,6 +355,10 @@ class GeventFTPServer(FTPServer):
                 return handler
         except Exception:
             handler.handle_error()
+        return None
+
+    def admit(self, ip: str) -> str | None:
+        """Asked for each new connection, before the limits: None, or the text of the 421 that it gets."""
         return None
 
     def handle_error(self) -> None:

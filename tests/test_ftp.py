@@ -371,6 +371,8 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
         site = bridge.ftp.site_of(parser_of(bridge.ftp.FEATURES).parse_args([*options, "-p", "0"]))
         site.bind()
         site.server.close_all()
+        for table in site.shared.values():
+            table.close()
         handler = site.handler
         assert handler.authorizer is site.authorizer
         assert handler.masquerade_address == "192.0.2.1"
@@ -387,7 +389,7 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
 
 
 #: Options pyftpdlib does not have.
-OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--atomic-uploads"}
+OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--atomic-uploads", "--ban"}
 
 
 def option_names(help_text: str) -> set[str]:

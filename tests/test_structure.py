@@ -26,8 +26,9 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"drain", "monitor", "options", "servers", "site", "tls"},
+    "ftp": {"bans", "drain", "monitor", "options", "servers", "site", "tls"},
     "tls": {"options", "site"},
+    "bans": {"options", "shared", "site"},
     "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
     "options": {""},
     "shared": set(),
