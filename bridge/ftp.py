@@ -24,7 +24,7 @@ import gevent
 from pyftpdlib.log import PREFIX, PREFIX_MPROC, config_logging
 from pyftpdlib.prefork import cpu_count, fork_processes
 
-from bridge import bans, tls
+from bridge import bans, tls, useredit, users
 from bridge.drain import KILL_GRACE
 from bridge.monitor import watch_hub
 from bridge.options import UsageError, parser_of
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 FORCE = 2 * KILL_GRACE
 
 #: What takes part in a site, in this order: modules with `add_options(parser)` and `configure(site)`.
-FEATURES: tuple[Any, ...] = (tls, bans)
+FEATURES: tuple[Any, ...] = (tls, users, bans)
 
 
 def site_of(options: argparse.Namespace) -> Site:
@@ -57,8 +57,7 @@ def _announce(site: Site) -> None:
     shown = "localhost" if host in ("0.0.0.0", "::") else host
     url_host = f"[{shown}]" if ":" in shown else shown
     for line in (
-        f"Serving {site.directory} {'(writable)' if site.options.write else '(read-only)'} "
-        f"to {site.users} on {host} port {port}",
+        f"Serving {site.directory} ({site.access}) to {site.users} on {host} port {port}",
         *site.told,
         f"Connect:  curl {site.client_options}ftp://{url_host}:{port}/",
         "Stop:     Ctrl-C",
@@ -188,6 +187,9 @@ def _stop_after(reader: int, server: Any, timeout: float | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit code. Wrong options exit with 2 (SystemExit), as argparse does."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "passwd":
+        return useredit.main(argv[1:])
     parser = parser_of(FEATURES)
     options = parser.parse_args(argv)
     config_logging(

@@ -26,9 +26,15 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"bans", "drain", "monitor", "options", "servers", "site", "tls"},
+    "ftp": {"bans", "drain", "monitor", "options", "servers", "site", "tls", "useredit", "users"},
     "tls": {"options", "site"},
     "bans": {"options", "shared", "site"},
+    "users": {"accounts", "confined", "options", "shared", "site", "threads", "uploads", "userfile"},
+    "accounts": {"shared", "threads", "throttle", "userfile"},
+    "useredit": {"options", "userfile"},
+    "userfile": set(),
+    "confined": set(),
+    "throttle": set(),
     "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
     "options": {""},
     "shared": set(),
