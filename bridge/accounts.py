@@ -43,7 +43,7 @@ else:  # mix-ins: what they extend is the class they are put before
 log = logging.getLogger(__name__)
 
 #: Seconds for which a home is not counted again: clients open several sessions at once. 100 000 files take a
-#: thread a second (measured).
+#: thread 0.45 s (measured, with all of them in the kernel's cache).
 MEASURED = 60.0
 
 #: Seconds that counting may take; then the login goes on with what is known.
