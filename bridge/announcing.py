@@ -18,8 +18,7 @@ _BOLD, _GREEN, _PLAIN = "\x1b[1m", "\x1b[32m", "\x1b[0m"
 
 def summary(site: Site) -> str:
     """What is served, how and to whom, in one line."""
-    access = "writable" if site.options.write else "read-only"
-    return f"serving {site.place} ({access}) to {site.users} on {_where(site)}"
+    return f"serving {site.place} ({site.access}) to {site.users} on {_where(site)}"
 
 
 def announcement(site: Site, stream: IO[str]) -> Iterator[str]:

@@ -21,7 +21,19 @@ from typing import Any
 import gevent
 from pyftpdlib.log import PREFIX, PREFIX_MPROC, config_logging
 
-from bridge import config, notify, passive, privileges, proxy, signals, tls, workers
+from bridge import (
+    bans,
+    config,
+    notify,
+    passive,
+    privileges,
+    proxy,
+    signals,
+    tls,
+    useredit,
+    users,
+    workers,
+)
 from bridge.announcing import announcement, summary
 from bridge.monitor import watch_hub
 from bridge.options import UsageError, parser_of
@@ -31,7 +43,7 @@ from bridge.site import Site
 #: What takes part in a site, in this order: modules with `add_options(parser)` and `configure(site)`.
 #: Workers come before what makes tables for all processes, and bind before privileges are dropped; notify
 #: acts around what others do on SIGHUP.
-FEATURES: tuple[Any, ...] = (config, workers, tls, passive, proxy, privileges, notify)
+FEATURES: tuple[Any, ...] = (config, workers, tls, users, bans, passive, proxy, privileges, notify)
 
 #: With these, log lines name their process.
 MPROC = ("pre-fork", "multi-proc")
@@ -86,6 +98,9 @@ def _serve(site: Site, announce: Callable[[], None]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit code. Wrong options exit with 2 (SystemExit), as argparse does."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "passwd":
+        return useredit.main(argv[1:])
     parser = parser_of(FEATURES)
     options = config.parse(lambda: parser_of(FEATURES), argv)
     config_logging(

@@ -66,6 +66,10 @@ def configure(site: Site) -> None:
     options = site.options
     if options.chroot is not None and options.user is None:
         raise UsageError("--chroot needs --user: root can leave a chroot")
+    if options.chroot is not None and options.users is not None:
+        raise UsageError(
+            "--chroot: --users needs /proc; leave --chroot out, users stay in their homes anyway"
+        )
     if options.user is None:
         return
     identity = _identity(options.user)

@@ -341,8 +341,11 @@ class GeventFTPServer(FTPServer):
             return None
         self._sessions[handler] = None
         try:
+            refusal = self.admit(ip)
             if self._state != "started":  # while its constructor waited
                 handler.finish(FAREWELL)
+            elif refusal is not None:
+                handler.finish(refusal)
             elif self.max_cons and self.session_count() > self.max_cons:
                 handler.handle_max_cons()
             elif self.max_cons_per_ip and self.ip_map.count(ip) > self.max_cons_per_ip:
@@ -352,6 +355,10 @@ class GeventFTPServer(FTPServer):
                 return handler
         except Exception:
             handler.handle_error()
+        return None
+
+    def admit(self, ip: str) -> str | None:
+        """Asked for each new connection, before the limits: None, or the text of the 421 that it gets."""
         return None
 
     def session_count(self) -> int:

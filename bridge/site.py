@@ -20,6 +20,7 @@ from typing import Any
 
 from pyftpdlib import servers
 from pyftpdlib.authorizers import DummyAuthorizer
+from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers import FTPHandler
 
 from bridge.handlers import prepared
@@ -48,6 +49,8 @@ class Site:
         self.authorizer: Any = _authorizer(options, self.directory)
         #: Who may log in, for the line at start-up.
         self.users: str = options.username or "anonymous"
+        #: What they may do, for the same line.
+        self.access = "writable" if options.write else "read-only"
         #: pyftpdlib's handler class, the mix-ins put before it, and class attributes.
         self.base: Any = FTPHandler
         self.mixins: list[Any] = [HashMixin] if options.hash else []
@@ -126,9 +129,10 @@ class Site:
             "DataHandler", (*self.data_mixins, base.dtp_handler), self.data_attributes
         )
         if self.options.atomic_uploads:
-            if not self.options.write:
-                raise UsageError("--atomic-uploads needs --write")
-            attributes["abstracted_fs"] = AtomicFS
+            if not self.options.write and not self.options.users:
+                raise UsageError("--atomic-uploads needs --write or --users")
+            below = attributes.get("abstracted_fs", AbstractedFS)
+            attributes["abstracted_fs"] = type("FileSystem", (AtomicFS, below), {})
         handler = type("Handler", (*self.mixins, base), attributes)
         # Whatever the server: pyftpdlib's handlers take a reset for the end of the file.
         return prepared(handler) if self.options.atomic_uploads else handler

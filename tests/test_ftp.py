@@ -371,6 +371,8 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
         site = bridge.ftp.site_of(parser_of(bridge.ftp.FEATURES).parse_args([*options, "-p", "0"]))
         site.bind()
         site.server.close_all()
+        for table in site.shared.values():
+            table.close()
         handler = site.handler
         assert handler.authorizer is site.authorizer
         assert handler.masquerade_address == "192.0.2.1"
@@ -390,6 +392,7 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
 OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--atomic-uploads"}
 OURS |= {"--config", "--check", "--print-config", "--user", "--chroot", "--workers"}
 OURS |= {"--proxy-protocol", "--masquerade", "--passive-ports"}
+OURS |= {"--users", "--anonymous", "--ban"}
 
 
 def option_names(help_text: str) -> set[str]:

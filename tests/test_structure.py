@@ -27,8 +27,8 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"announcing", "config", "monitor", "notify", "options", "passive", "privileges", "proxy"}
-    | {"servers", "signals", "site", "tls", "workers"},
+    "ftp": {"announcing", "bans", "config", "monitor", "notify", "options", "passive", "privileges", "proxy"}
+    | {"servers", "signals", "site", "tls", "useredit", "users", "workers"},
     "announcing": {"site"},
     "config": {"options", "site"},
     "notify": {"announcing", "options", "site"},
@@ -41,6 +41,13 @@ ARROWS = {
     "limits": {"servers", "shared"},
     "signals": {"drain"},
     "tls": {"options", "site"},
+    "bans": {"options", "shared", "site"},
+    "users": {"accounts", "confined", "options", "shared", "site", "threads", "uploads", "userfile"},
+    "accounts": {"shared", "threads", "throttle", "userfile"},
+    "useredit": {"options", "userfile"},
+    "userfile": set(),
+    "confined": set(),
+    "throttle": set(),
     "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
     "options": {""},
     "shared": set(),
