@@ -24,7 +24,7 @@ import gevent
 from pyftpdlib.log import PREFIX, PREFIX_MPROC, config_logging
 from pyftpdlib.prefork import cpu_count, fork_processes
 
-from bridge import tls
+from bridge import tls, web
 from bridge.drain import KILL_GRACE
 from bridge.monitor import watch_hub
 from bridge.options import UsageError, parser_of
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 FORCE = 2 * KILL_GRACE
 
 #: What takes part in a site, in this order: modules with `add_options(parser)` and `configure(site)`.
-FEATURES: tuple[Any, ...] = (tls,)
+FEATURES: tuple[Any, ...] = (tls, web)
 
 
 def site_of(options: argparse.Namespace) -> Site:
