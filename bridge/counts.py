@@ -27,6 +27,10 @@ DIRECTIONS = ("upload", "download")
 OUTCOMES = ("completed", "failed")
 
 
+#: How much of the rate is that of the last second: data passes in bursts as large as the sockets' buffers.
+SMOOTHING = 0.3
+
+
 class Histogram:
     """A histogram's counters: how many were at most a bound (seconds) and above the one before; the sum."""
 
@@ -114,7 +118,7 @@ class Live:
     def __init__(self, channel: Any) -> None:
         self.channel = channel
         self.counted = 0
-        #: Bytes a second, as of the last beat; None before the first.
+        #: Bytes a second, of the last seconds (`beat`); None before the first one.
         self.rate: float | None = None
         #: Of a download: the file's size and where it starts (REST), in bytes.
         self.size, self.start = (None, 0) if channel.receive else _extent(channel.file_obj)
@@ -123,6 +127,11 @@ class Live:
     def direction(self) -> str:
         """ "upload" or "download", as the client sees it."""
         return "upload" if self.channel.receive else "download"
+
+    def beat(self, counts: Counts, seconds: float) -> None:
+        """Count what has passed in the last *seconds*, and what that makes of the rate."""
+        now = self.count(counts) / seconds
+        self.rate = now if self.rate is None else self.rate + SMOOTHING * (now - self.rate)
 
     def count(self, counts: Counts) -> int:
         """Add what has passed since the last time; how much."""

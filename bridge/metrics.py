@@ -7,6 +7,7 @@ it, page.py the status page. Everything is looked up when somebody asks, or once
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -36,6 +37,10 @@ LISTED = 200
 
 #: Seconds between two beats, each of which notes the lag and a point of the history.
 BEAT = 1.0
+
+
+#: Control characters, those that turn the direction of writing, and what is no character (surrogateescape).
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ReportingMixin(_Server):
@@ -97,7 +102,7 @@ class Pulse:
         """*seconds* have passed since the last one."""
         counts = self._counts
         for live in counts.live.values():
-            live.rate = live.count(counts) / seconds
+            live.beat(counts, seconds)
         LAG.observe(counts, lag)
         rests = self._server.ioloop.accept_rests
         counts.add("accept_rests", rests - self._rests)
@@ -188,6 +193,7 @@ class Reporter:
         }
         if transfer is not None:
             told["transfer"] = {
+                "command": transfer.command,
                 "path": None if transfer.path is None else text(self._shown(transfer.path)),
                 "direction": transfer.direction,
                 "bytes": transfer.bytes,
@@ -200,8 +206,8 @@ class Reporter:
 
 
 def text(name: str) -> str:
-    """A name of a file or a user, whatever its bytes, as what can be encoded."""
-    return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    """A name of a file or a user as what can be encoded and read: gpj.exe must not look like exe.jpg."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", name)
 
 
 def _threads(hub: Any) -> dict[str, dict[str, int]]:

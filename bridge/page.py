@@ -206,8 +206,8 @@ def render(status: dict[str, Any], token: str | None) -> str:
 </figure>
 <dl>
 {tiles}</dl>
-<table>
-<caption>Sessions</caption>
+<h2 id="of">Sessions</h2>
+<table aria-labelledby="of">
 <thead><tr><th scope="col">User</th><th scope="col">Doing</th><th scope="col">Transfer</th>
 <th scope="col">Rate</th><th scope="col">Connected</th>{'<th scope="col"></th>' if token else ""}</tr></thead>
 <tbody id="sessions">

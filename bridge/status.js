@@ -8,6 +8,13 @@ const body = document.getElementById("sessions");
 const template = document.getElementById("row");
 let timer = 0;
 
+// Beside this page; without the user and password that its address may have, which fetch() refuses.
+function here(name) {
+  const url = new URL(name, location.href);
+  url.username = url.password = "";
+  return url;
+}
+
 function put(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -48,7 +55,7 @@ async function look() {
   if (document.hidden) return; // `visibilitychange` goes on
   let answered = false;
   try {
-    const response = await fetch("status.json", { signal: AbortSignal.timeout(PATIENCE) });
+    const response = await fetch(here("status.json"), { signal: AbortSignal.timeout(PATIENCE) });
     answered = response.ok;
     if (answered) show(await response.json());
   } catch (error) {
@@ -65,7 +72,12 @@ body.addEventListener("submit", async (event) => {
   const user = form.closest("tr").querySelector(".user").textContent;
   if (!confirm("Disconnect " + user + "?")) return;
   form.querySelector("button").disabled = true;
-  await fetch(form.action, { method: "POST", body: new URLSearchParams(new FormData(form)), redirect: "manual" });
+  try {
+    const fields = new URLSearchParams(new FormData(form));
+    await fetch(here("disconnect"), { method: "POST", body: fields, redirect: "manual" });
+  } catch (error) {
+    form.querySelector("button").disabled = false; // what is wrong, the next look shows
+  }
   look();
 });
 document.addEventListener("visibilitychange", look);

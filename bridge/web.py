@@ -289,7 +289,7 @@ class Web:
         user, form = self._guard.check_operator(environ)
         done = any(self._ask(ask="disconnect", session=form.get("session", "")))
         log.info("%r disconnects session %.40r: %s", user, form.get("session"), "done" if done else "gone")
-        return "303 See Other", b"", ("Location", "/"), ("Content-Type", "text/plain; charset=utf-8")
+        return "303 See Other", b"", ("Location", "./"), ("Content-Type", "text/plain; charset=utf-8")
 
 
 class _Handler(WSGIHandler):
