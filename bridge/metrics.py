@@ -6,6 +6,7 @@ it, page.py the status page. Everything is looked up when somebody asks, or once
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -125,12 +126,15 @@ class Reporter:
     """
 
     def __init__(self, slot: int, counts: Counts, server: Any, shown: Callable[[str], str]) -> None:
+        import psutil  # the `metrics` extra
+
         self.slot = slot
         self._counts = counts
         self._server = server
         self._shown = shown
         self._pulse = Pulse(counts, server)
-        self._process: Any = None
+        self._process = psutil.Process()
+        self._resources = {"descriptors": 0, "memory": 0, "cpu": 0.0}
 
     def close(self) -> None:
         """End the pulse."""
@@ -152,21 +156,23 @@ class Reporter:
             "lag": lags[0] if lags else 0.0,
             "lag_max": max(lags, default=0.0),
             "threads": _threads(server.ioloop.hub),
-            **self._resources(),
+            **self._look(),
         }
 
-    def _resources(self) -> dict[str, Any]:
-        if self._process is None:
-            import psutil
-
-            self._process = psutil.Process()
-        with self._process.oneshot():
-            times = self._process.cpu_times()
-            return {
-                "descriptors": self._process.num_fds(),
-                "memory": self._process.memory_info().rss,
-                "cpu": times.user + times.system,
-            }
+    def _look(self) -> dict[str, Any]:
+        """What this process takes of the machine; while it has no descriptor to look with, what it took."""
+        try:
+            with self._process.oneshot():
+                times = self._process.cpu_times()
+                self._resources = {
+                    "descriptors": self._process.num_fds(),
+                    "memory": self._process.memory_info().rss,
+                    "cpu": times.user + times.system,
+                }
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        return self._resources
 
     def status(self) -> dict[str, Any]:
         """The same, with sessions and history."""
