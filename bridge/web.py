@@ -3,7 +3,7 @@
 A feature of the command (site.py). It puts mix-ins that count (counts.py) into the site and binds its socket
 before any process is forked. Each serving process accepts on that socket, and whichever does asks the others
 (siblings.py) and answers for all: with exposition.py to /metrics, with page.py to / and /status.json. Who may
-see what is in guard.py; nothing here waits except for siblings and clients.
+see what is in guard.py.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bridge.guard import ENVIRONMENT, Guard, Refused, administrator
 from bridge.metrics import Reporter, ReportingMixin
 from bridge.options import UsageError
 from bridge.site import Site
+from bridge.threads import THREADS
 
 log = logging.getLogger(__name__)
 
@@ -271,25 +272,40 @@ class Web:
         from bridge.exposition import expose
 
         gauges = self._ask(ask="gauges")
-        body, kind = expose(gauges, self.counts.columns(), environ.get("HTTP_ACCEPT", ""))
+        body, kind = THREADS.call(expose, gauges, self.counts.columns(), environ.get("HTTP_ACCEPT", ""))
         return "200 OK", body, ("Content-Type", kind)
 
     def _status(self, environ: dict[str, Any]) -> tuple[Any, ...]:
         self._guard.check_reader(environ, self._is_local)
-        body = json.dumps(page.merged(self._ask(ask="status"), self.counts.columns()))
-        return "200 OK", body.encode(), ("Content-Type", "application/json")
+        reports = self._ask(ask="status")
+        body = THREADS.call(_status_json, reports, self.counts.columns())
+        return "200 OK", body, ("Content-Type", "application/json")
 
     def _page(self, environ: dict[str, Any]) -> tuple[Any, ...]:
         self._guard.check_reader(environ, self._is_local)
-        status = page.merged(self._ask(ask="status"), self.counts.columns())
-        body = page.render(status, self._guard.token)
-        return "200 OK", body.encode("utf-8", "replace"), ("Content-Type", "text/html; charset=utf-8")
+        reports = self._ask(ask="status")
+        body = THREADS.call(_status_page, reports, self.counts.columns(), self._guard.token)
+        return "200 OK", body, ("Content-Type", "text/html; charset=utf-8")
 
     def _disconnect(self, environ: dict[str, Any]) -> tuple[Any, ...]:
         user, form = self._guard.check_operator(environ)
         done = any(self._ask(ask="disconnect", session=form.get("session", "")))
         log.info("%r disconnects session %.40r: %s", user, form.get("session"), "done" if done else "gone")
         return "303 See Other", b"", ("Location", "./"), ("Content-Type", "text/plain; charset=utf-8")
+
+
+# --- runs in a threadpool thread: no gevent. Text for 4 processes takes 5 to 10 ms, which would stop the hub
+
+
+def _status_json(reports: list[Any], columns: dict[int, dict[str, int]]) -> bytes:
+    return json.dumps(page.merged(reports, columns)).encode()
+
+
+def _status_page(reports: list[Any], columns: dict[int, dict[str, int]], token: str | None) -> bytes:
+    return page.render(page.merged(reports, columns), token).encode("utf-8", "replace")
+
+
+# --- runs in a greenlet for each connection: may wait
 
 
 class _Handler(WSGIHandler):

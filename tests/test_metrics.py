@@ -305,14 +305,13 @@ def test_rests_of_the_listener_are_counted(counts: Counts, pulse: Pulse) -> None
 
 @pytest.mark.blocks
 def test_the_hub_s_lag_is_measured(counts: Counts, pulse: Pulse) -> None:
-    """What blocks the hub for 0.6 s when a beat is due."""
+    """In any 1.6 s a beat is due in the first second, and late by the rest."""
     eventually(lambda: pulse.history)
-    gevent.sleep(0.8)
-    end = time.monotonic() + 0.6
+    end = time.monotonic() + 1.6
     while time.monotonic() < end:
         pass
-    eventually(lambda: len(pulse.history) == 2)
-    assert 0.2 < pulse.history[-1][4] < 5
+    eventually(lambda: pulse.history[-1][4] >= 0.5)
+    assert sum(counts[field] for field in ("lag:1", "lag:5")) == 1
 
 
 # --- what is shown of a session

@@ -28,7 +28,7 @@ ARROWS = {
     | {"turns", "uploads", "virtual"},
     "ftp": {"drain", "monitor", "options", "servers", "site", "tls", "web"},
     "tls": {"options", "site"},
-    "web": {"counts", "guard", "metrics", "options", "page", "siblings", "site"},
+    "web": {"counts", "guard", "metrics", "options", "page", "siblings", "site", "threads"},
     "exposition": {"counts"},
     "metrics": {"counts", "sessions", "threads"},
     "counts": set(),

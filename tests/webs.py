@@ -18,6 +18,7 @@ from support import PATIENCE
 import bridge.ftp
 from bridge.options import parser_of
 from bridge.site import Site
+from bridge.threads import THREADS
 
 FORM = "application/x-www-form-urlencoded"
 
@@ -117,3 +118,4 @@ def serving_site(
         site.server.ioloop.close()  # the site's, which the process takes along elsewhere
         for end in reversed(endings):
             end()
+        THREADS.kill()
