@@ -1,7 +1,7 @@
 """What is counted, and where: a column of counters for each worker process, in memory that they all share.
 
-Below metrics.py, which tells of them. Counting costs 0.7 us, in pyftpdlib's callbacks: a login
-has two.
+Below metrics.py, which tells of them. Counting costs 0.7 us, in pyftpdlib's callbacks: a login has
+two.
 
 A process only ever adds to its own column (`Site.slot`). One that takes over the slot of a dead one goes on
 where that one stopped. So no counter and no sum of counters ever falls, which Prometheus would take for a

@@ -41,8 +41,8 @@ CONNECTIONS = 64
 #: gives a scrape 10.
 PATIENCE = 20.0
 
-#: Seconds that requests have to end with the server.
-GRACE = 1.0
+#: Seconds that requests have to end with the server, and that an idle connection of a browser delays its end.
+GRACE = 0.3
 
 _HEADERS = (
     ("Cache-Control", "no-store"),
