@@ -164,7 +164,7 @@ def test_without_a_script_the_page_reloads_itself(tmp_path: Path) -> None:
 def test_nothing_sticks_out_and_all_can_be_read(tmp_path: Path, width: int, scheme: str) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    name = "a-very-long-name-" * 12
+    name = "averylongname" * 16
     with (
         Command(*ADMIN, directory=home) as server,
         browser(tmp_path / "profile") as page,
