@@ -323,6 +323,8 @@ class Registration:
             )
         if self.watcher is None or self.resting is not None:
             return
+        if error is not None:
+            self.ioloop.accept_rests += 1
         self.delay = min(self.delay * 2 or MIN_DELAY, MAX_DELAY)
         self.watcher.stop()
         self.resting = self.ioloop._hub.loop.timer(self.delay)

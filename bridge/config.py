@@ -30,7 +30,7 @@ else:
 #: Options that are about this run of the command, or about the file itself.
 COMMAND_LINE_ONLY = {"help", "version", "config", "check", "print-config"}
 #: What --print-config does not show.
-SECRETS = {"password"}
+SECRETS = {"password", "http-admin"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,7 @@ from bridge import (
     tls,
     useredit,
     users,
+    web,
     workers,
 )
 from bridge.announcing import announcement, summary
@@ -43,7 +44,7 @@ from bridge.site import Site
 #: What takes part in a site, in this order: modules with `add_options(parser)` and `configure(site)`.
 #: Workers come before what makes tables for all processes, and bind before privileges are dropped; notify
 #: acts around what others do on SIGHUP.
-FEATURES: tuple[Any, ...] = (config, workers, tls, users, bans, passive, proxy, privileges, notify)
+FEATURES: tuple[Any, ...] = (config, workers, tls, users, bans, passive, proxy, web, privileges, notify)
 
 #: With these, log lines name their process.
 MPROC = ("pre-fork", "multi-proc")
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _serve(site, lambda: _announce(site))
     finally:
-        site.server.close_all()
+        site.close()
     return 0
 
 

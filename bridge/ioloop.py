@@ -110,6 +110,8 @@ class GeventIOLoop(_IOLoop):
         self._runners: list[Waiter] = []  # greenlets inside loop()
         self._pollers: list[Waiter] = []  # greenlets inside poll()
         self._closed = False
+        #: How often a listener has rested because accept() failed.
+        self.accept_rests = 0
         hubs.welcome(self)
 
     # --- pyftpdlib's interface: channels
@@ -308,6 +310,11 @@ class GeventIOLoop(_IOLoop):
     def closed(self) -> bool:
         """Whether `close()` has been called: a closed loop serves nothing ever again."""
         return self._closed
+
+    @property
+    def turns_waiting(self) -> int:
+        """How many turns wait now."""
+        return 0 if self._hub is None else len(self._turns.waiting)
 
     @property
     def hub(self) -> Any:

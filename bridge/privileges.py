@@ -67,9 +67,7 @@ def configure(site: Site) -> None:
     if options.chroot is not None and options.user is None:
         raise UsageError("--chroot needs --user: root can leave a chroot")
     if options.chroot is not None and options.users is not None:
-        raise UsageError(
-            "--chroot: --users needs /proc; leave --chroot out, users stay in their homes anyway"
-        )
+        raise UsageError("--chroot: --users needs /proc; leave --chroot out: users stay in their homes")
     if options.user is None:
         return
     identity = _identity(options.user)

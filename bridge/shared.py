@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import mmap
+import os
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -42,9 +43,10 @@ class SharedTable:
         self._row = struct.Struct(f"{KEY}s{slots}q")
         self._columns = struct.Struct(f"{slots}q")
         self._rows = rows
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
-        self._file.truncate(self._row.size * rows)
-        self._memory = mmap.mmap(self._file.fileno(), 0)
+        with tempfile.TemporaryFile() as file:
+            file.truncate(self._row.size * rows)
+            self._memory = mmap.mmap(file.fileno(), 0)
+            self._fd = os.dup(file.fileno())
 
     def add(self, key: str, amount: int, slot: int) -> int:
         """Change this slot's counter; the sum over all slots after it. Raises Full."""
@@ -87,12 +89,16 @@ class SharedTable:
                 struct.pack_into("q", self._memory, offset + KEY + 8 * slot, 0)
 
     def close(self) -> None:
-        """Release it in this process."""
-        self._memory.close()
-        self._file.close()
+        """Release it in this process; also done when nobody has it any more. Twice is no harm."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._memory.close()
+            os.close(fd)
+
+    __del__ = close
 
     def _locked(self) -> _Lock:
-        return _Lock(self._file.fileno())
+        return _Lock(self._fd)
 
     def _find(self, key: str, make: bool) -> int | None:
         name = key.encode(errors="surrogateescape")

@@ -110,6 +110,13 @@ class Site:
             self.server.close_all()
             raise
 
+    def close(self) -> None:
+        """Close the server, if there is one, and the tables."""
+        if self.server is not None:
+            self.server.close_all()
+        for table in self.shared.values():
+            table.close()
+
     def serve_on(self, listener: socket.socket) -> None:
         """Make another `server`, for a worker, on a bound socket, which becomes the server's."""
         self.server = self._server(listener)

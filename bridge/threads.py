@@ -59,6 +59,13 @@ class Threads:
         if pool is not None:
             pool.kill()
 
+    def load(self, hub: Any) -> tuple[int, int, int]:
+        """Threads that *hub* has, how many of them are busy, and calls that wait in line."""
+        if hub not in self._pools:
+            return 0, 0, 0
+        pool, free = self._pools[hub]
+        return pool.size, self.size - free.counter, free.linkcount()
+
     # --- runs in a worker greenlet: may wait
 
     def call(

@@ -370,9 +370,7 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
     for options in (argv, argv + tls):
         site = bridge.ftp.site_of(parser_of(bridge.ftp.FEATURES).parse_args([*options, "-p", "0"]))
         site.bind()
-        site.server.close_all()
-        for table in site.shared.values():
-            table.close()
+        site.close()
         handler = site.handler
         assert handler.authorizer is site.authorizer
         assert handler.masquerade_address == "192.0.2.1"
@@ -393,6 +391,7 @@ OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--ato
 OURS |= {"--config", "--check", "--print-config", "--user", "--chroot", "--workers"}
 OURS |= {"--proxy-protocol", "--masquerade", "--passive-ports"}
 OURS |= {"--users", "--anonymous", "--ban"}
+OURS |= {"--http", "--http-admin"}
 
 
 def option_names(help_text: str) -> set[str]:
