@@ -60,7 +60,7 @@ def _announce(site: Site) -> None:
         f"Serving {site.directory} {'(writable)' if site.options.write else '(read-only)'} "
         f"to {site.users} on {host} port {port}",
         *site.told,
-        f"Connect:  curl {site.client_options}ftp://{url_host}:{port}/",
+        f"Connect:  curl {site.client_options}{site.scheme}://{url_host}:{port}/",
         "Stop:     Ctrl-C",
     ):
         print(line, flush=True)

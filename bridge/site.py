@@ -66,8 +66,9 @@ class Site:
         #: Called in a greenlet on SIGHUP and on SIGUSR1: take up what has changed, open log files anew.
         self.reload: list[Callable[[], object]] = []
         self.rotate: list[Callable[[], object]] = []
-        #: Lines to print at start-up, and what curl needs besides the address.
+        #: Lines to print at start-up, and what curl needs: the scheme of the URL, and options.
         self.told: list[str] = []
+        self.scheme = "ftp"
         self.client_options = f"-u {options.username}:PASSWORD " if options.username else ""
         #: Processes that serve at once have a column each in every one of the tables of `shared`.
         self.slots = 1

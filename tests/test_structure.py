@@ -27,7 +27,9 @@ ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
     "ftp": {"drain", "monitor", "options", "servers", "site", "tls"},
-    "tls": {"options", "site"},
+    "tls": {"options", "site", "threads"},
+    "ftps": {"certificates", "options"},
+    "certificates": {"options"},
     "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
     "options": {""},
     "shared": set(),
