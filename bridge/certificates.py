@@ -92,9 +92,7 @@ def load(certfile: str, keyfile: str | None = None) -> Identity:
             f"{option}: no private key, PEM, in {path!r}" + ("" if keyfile else "; is it in a --keyfile?")
         ) from None
     if _public(key.public_key()) != _public(chain[0].public_key()):
-        raise UsageError(
-            f"{option}: the key in {path!r} is not that of the first certificate in {certfile!r}"
-        )
+        raise UsageError(f"{option}: the key in {path!r} is not that of the certificate in {certfile!r}")
     with contextlib.suppress(OSError):
         if os.stat(path).st_mode & stat.S_IROTH:
             log.warning("%s: every user can read the private key: chmod o-r %s", option, path)

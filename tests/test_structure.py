@@ -28,7 +28,7 @@ ARROWS = {
     | {"turns", "uploads", "virtual"},
     "ftp": {"drain", "monitor", "options", "servers", "site", "tls"},
     "tls": {"options", "site", "threads"},
-    "ftps": {"certificates", "options"},
+    "ftps": {"certificates", "options", "receiving"},
     "certificates": {"options"},
     "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
     "options": {""},
