@@ -15,7 +15,8 @@ pytest.importorskip("OpenSSL")
 
 from ftps_clients import Authority
 from pyftpdlib.handlers import TLS_FTPHandler
-from support import PATIENCE, assert_idle, encrypted, eventually, handler_class, reset, started, users
+from support import PATIENCE, Client, assert_idle, encrypted, eventually, handler_class, reset, started, users
+from uploading import TLSClient
 
 from bridge.certificates import Identity, load
 from bridge.ftps import Contexts, ControlMixin, DataMixin
@@ -29,7 +30,8 @@ def ftps(directory: Path, implicit: bool = True, server: Any = None, **attribute
     contexts.take(load(str(Authority(directory).issue("server"))), [])
     data = type("Data", (DataMixin, TLS_FTPHandler.dtp_handler), {})
     base = type("Control", (ControlMixin, TLS_FTPHandler), {"dtp_handler": data, "contexts": contexts})
-    handler = handler_class(users(directory), base, tls_implicit=implicit, **attributes)
+    authorizer = attributes.pop("authorizer", None) or users(directory)
+    handler = handler_class(authorizer, base, tls_implicit=implicit, **attributes)
     with started(handler, **(server or {})) as running:
         yield running
 
@@ -130,6 +132,25 @@ def test_a_client_that_leaves_is_no_error(
             sock.close()
         eventually(lambda: not server._sessions)
         assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+@pytest.mark.parametrize("command", ["NLST", "RETR empty"])
+def test_what_is_empty_is_sent_after_the_handshake(tmp_path: Path, command: str) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "empty").touch()
+    with ftps(tmp_path, implicit=False, authorizer=users(home)) as server, TLSClient(server) as client:
+        client.command("CWD /", "250")
+        if command == "NLST":
+            (home / "empty").unlink()
+        with Client.data(client) as data:
+            client.command(command, "1")
+            eventually(lambda: next(iter(server._sessions)).data_channel)
+            client.command("NOOP", "200")  # not 226
+            with encrypted(data) as tls:
+                assert tls.recv(1) == b""
+                tls.unwrap()
+        assert client.reply().startswith("226 ")
 
 
 def test_nonsense_after_the_handshake_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
