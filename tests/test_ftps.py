@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gevent.socket
+import gevent.ssl
 import pytest
 
 pytest.importorskip("OpenSSL")
@@ -16,7 +18,6 @@ pytest.importorskip("OpenSSL")
 from ftps_clients import Authority
 from pyftpdlib.handlers import TLS_FTPHandler
 from support import PATIENCE, Client, assert_idle, encrypted, eventually, handler_class, reset, started, users
-from uploading import TLSClient
 
 from bridge.certificates import Identity, load
 from bridge.ftps import Contexts, ControlMixin, DataMixin
@@ -24,14 +25,15 @@ from bridge.options import UsageError
 
 
 @contextlib.contextmanager
-def ftps(directory: Path, implicit: bool = True, server: Any = None, **attributes: Any) -> Iterator[Any]:
+def ftps(
+    directory: Path, implicit: bool = True, reuse: bool = False, server: Any = None, **attributes: Any
+) -> Iterator[Any]:
     """A server with a certificate of its own."""
-    contexts = Contexts()
+    contexts = Contexts(require_reuse=reuse)
     contexts.take(load(str(Authority(directory).issue("server"))), [])
     data = type("Data", (DataMixin, TLS_FTPHandler.dtp_handler), {})
     base = type("Control", (ControlMixin, TLS_FTPHandler), {"dtp_handler": data, "contexts": contexts})
-    authorizer = attributes.pop("authorizer", None) or users(directory)
-    handler = handler_class(authorizer, base, tls_implicit=implicit, **attributes)
+    handler = handler_class(users(directory), base, tls_implicit=implicit, **attributes)
     with started(handler, **(server or {})) as running:
         yield running
 
@@ -134,23 +136,32 @@ def test_a_client_that_leaves_is_no_error(
         assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
-@pytest.mark.parametrize("command", ["NLST", "RETR empty"])
-def test_what_is_empty_is_sent_after_the_handshake(tmp_path: Path, command: str) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "empty").touch()
-    with ftps(tmp_path, implicit=False, authorizer=users(home)) as server, TLSClient(server) as client:
-        client.command("CWD /", "250")
-        if command == "NLST":
-            (home / "empty").unlink()
-        with Client.data(client) as data:
-            client.command(command, "1")
-            eventually(lambda: next(iter(server._sessions)).data_channel)
-            client.command("NOOP", "200")  # not 226
-            with encrypted(data) as tls:
-                assert tls.recv(1) == b""
-                tls.unwrap()
-        assert client.reply().startswith("226 ")
+def test_an_aborted_transfer_does_not_end_the_session_to_be_resumed(tmp_path: Path) -> None:
+    """By its id, which OpenSSL keeps (TLS 1.2): a ticket lies with the client."""
+    context = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_TICKET
+    with ftps(tmp_path, implicit=False, reuse=True) as server, Client(server, login=False) as client:
+        client.reply()
+        client.command("AUTH TLS", "234")
+        client.file.close()
+        client.sock = context.wrap_socket(client.sock)
+        client.file = client.sock.makefile("rb")
+        for line in ("USER u", "PASS p", "PBSZ 0", "PROT P"):
+            client.command(line, "")
+        (control,) = server._sessions
+        for _ in range(3):
+            with client.data() as plain:
+                client.command("STOR file", "1")
+                with context.wrap_socket(plain, session=client.sock.session) as data:
+                    assert data.session_reused
+                    data.sendall(b"half")
+                    eventually(lambda: control.data_channel.get_transmitted_bytes())
+                    control.abort_transfer("enough")
+                    assert client.reply().startswith("426 enough")
+            gc.collect()
 
 
 def test_nonsense_after_the_handshake_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -173,6 +173,16 @@ def test_python_transfers_large_files(home: Path, mode: str, version: ssl.TLSVer
         client.quit()
 
 
+@BOTH_VERSIONS
+def test_empty_listings_are_no_broken_connections(home: Path, version: ssl.TLSVersion) -> None:
+    with Command("--tls", directory=home) as server:
+        client = FTPS(server, client_context(version))
+        client.session = None
+        for _ in range(20):  # three of four failed, by chance
+            assert client.nlst() == []
+        client.quit()
+
+
 def test_an_upload_that_breaks_off_is_not_complete(home: Path) -> None:
     with Command("-w", "--tls", directory=home) as server:
         client = FTPS(server)
@@ -456,12 +466,6 @@ def test_renegotiation_is_refused(home: Path) -> None:
         assert "no renegotiation" in shown
         server.logged("FTP session closed")
         assert "Traceback" not in server.stderr
-
-
-@needs_openssl
-def test_nothing_is_compressed(home: Path) -> None:
-    with Command("--tls", directory=home) as server:
-        assert "Compression: NONE" in s_client(server, "-tls1_2", "-comp", commands="Q\n")
 
 
 # --- who does not speak it, or not yet
