@@ -40,7 +40,7 @@ def connect_command(site: Site) -> str:
         return ""
     host, port = address[:2]
     host = "localhost" if host in ("0.0.0.0", "::") else host
-    url = f"ftp://{f'[{host}]' if ':' in host else host}:{port}/"
+    url = f"{site.scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
     return f"curl {site.client_options}{shlex.quote(url)}"
 
 

@@ -77,8 +77,10 @@ class Site:
         self.rotate: list[Callable[[], object]] = []
         #: Called by `tell`.
         self.states: list[Callable[[str], object]] = []
-        #: Lines to print at start-up, and what curl needs besides the address (it asks for the password).
+        #: Lines to print at start-up, and what curl needs: the URL's scheme, and options (it asks for the
+        #: password).
         self.told: list[str] = []
+        self.scheme = "ftp"
         self.client_options = f"-u {shlex.quote(options.username)} " if options.username else ""
         #: Worker processes; a directory for their sockets, readable by nobody else (None without workers).
         self.workers = 1

@@ -254,8 +254,8 @@ def test_check_binds_nothing(tmp_path: Path) -> None:
     ("argv", "expected"),
     [
         (["-d", "nowhere"], "--directory: 'nowhere' is not a directory"),
-        (["--atomic-uploads"], "--atomic-uploads needs --write"),
-        (["--tls", "--certfile", "not.pem"], "--certfile or --keyfile: not a certificate with its key"),
+        (["--atomic-uploads"], "--atomic-uploads needs --write or --users"),
+        (["--tls", "--certfile", "not.pem"], "--certfile: no certificate, PEM, in 'not.pem'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

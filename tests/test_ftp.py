@@ -392,6 +392,7 @@ OURS |= {"--config", "--check", "--print-config", "--user", "--chroot", "--worke
 OURS |= {"--proxy-protocol", "--masquerade", "--passive-ports"}
 OURS |= {"--users", "--anonymous", "--ban"}
 OURS |= {"--http", "--http-admin"}
+OURS |= {"--tls-required", "--require-session-reuse", "--client-ca"}
 
 
 def option_names(help_text: str) -> set[str]:
@@ -425,6 +426,7 @@ def parsed(options: Namespace) -> dict[str, object]:
         values.pop(name[2:].replace("-", "_"), None)
     if values["directory"] in (os.curdir, os.getcwd()):
         del values["directory"]
+    values["tls"] = bool(values["tls"])  # its mode
     if values["max_cons_per_ip"] in (0, 512):
         del values["max_cons_per_ip"]
     return values
@@ -506,14 +508,16 @@ def test_an_interface_this_machine_does_not_have_is_an_error(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--tls"], "--tls needs --certfile"),
         (["--tls", "--certfile", "missing.pem"], "--certfile: cannot read 'missing.pem'"),
-        (["--tls", "--certfile", "not.pem"], "--certfile or --keyfile: not a certificate"),
-        (["--tls", "--certfile", "not.pem", "--keyfile", "missing"], "--keyfile: cannot read 'missing'"),
+        (["--tls", "--certfile", "not.pem"], "--certfile: no certificate, PEM, in 'not.pem'"),
+        (["--tls", "--keyfile", "not.pem"], "--keyfile needs --certfile"),
         (["--certfile", "not.pem"], "--certfile needs --tls"),
         (["--keyfile", "not.pem"], "--keyfile needs --tls"),
         (["--tls-control-required"], "--tls-control-required needs --tls"),
         (["--tls-data-required"], "--tls-data-required needs --tls"),
+        (["--tls-required"], "--tls-required needs --tls"),
+        (["--require-session-reuse"], "--require-session-reuse needs --tls"),
+        (["--client-ca", "not.pem"], "--client-ca needs --tls"),
         (["--username", "ada"], "--username needs --password"),
         (["--password", "lovelace"], "--password needs --username"),
         (["--nat-address", "no such name"], "--nat-address: 'no such name'"),
@@ -544,6 +548,7 @@ def test_wrong_combinations_are_errors_that_name_the_option(
         (["--timeout", "soon"], "argument --timeout: 'soon' is no number"),
         (["--max-cons", "-1"], "argument --max-cons: "),
         (["--concurrency", "none"], "argument --concurrency: invalid choice: 'none'"),
+        (["--tls", "starttls"], "argument --tls: invalid choice: 'starttls'"),
         (["directory"], "unrecognized arguments: directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

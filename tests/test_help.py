@@ -108,7 +108,7 @@ def test_a_table_says_the_default_and_the_unit() -> None:
         ("-p", "argument -p/--port: expected one argument"),
         ("-p 70000", "argument -p/--port: port 70000 is not between 0 (any free port) and 65535"),
         ("--write=yes", "argument -w/--write: ignored explicit argument 'yes'"),
-        ("--atomic-uploads", "--atomic-uploads needs --write"),
+        ("--atomic-uploads", "--atomic-uploads needs --write or --users"),
     ],
 )
 def test_an_error_is_one_line_that_names_the_option(tmp_path: Path, argv: str, expected: str) -> None:
