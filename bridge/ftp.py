@@ -11,6 +11,7 @@ takes up what has changed, SIGUSR1 opens log files anew, where a feature has som
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -21,10 +22,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gevent
-from pyftpdlib.log import PREFIX, PREFIX_MPROC, config_logging
 from pyftpdlib.prefork import cpu_count, fork_processes
 
-from bridge import tls
+from bridge import logs, tls
 from bridge.drain import KILL_GRACE
 from bridge.monitor import watch_hub
 from bridge.options import UsageError, parser_of
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 FORCE = 2 * KILL_GRACE
 
 #: What takes part in a site, in this order: modules with `add_options(parser)` and `configure(site)`.
-FEATURES: tuple[Any, ...] = (tls,)
+FEATURES: tuple[Any, ...] = (logs, tls)
 
 
 def site_of(options: argparse.Namespace) -> Site:
@@ -53,6 +53,8 @@ def site_of(options: argparse.Namespace) -> Site:
 
 def _announce(site: Site) -> None:
     """Say where it listens, how to connect and how to stop."""
+    if site.options.quiet:
+        return
     host, port = site.server.address
     shown = "localhost" if host in ("0.0.0.0", "::") else host
     url_host = f"[{shown}]" if ":" in shown else shown
@@ -190,21 +192,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit code. Wrong options exit with 2 (SystemExit), as argparse does."""
     parser = parser_of(FEATURES)
     options = parser.parse_args(argv)
-    config_logging(
-        level=logging.DEBUG if options.debug else logging.INFO,
-        prefix=PREFIX_MPROC if options.concurrency in ("pre-fork", "multi-proc") else PREFIX,
-        other_loggers=[logging.getLogger("bridge")],
-    )
-    try:
-        site = site_of(options)
-        site.bind()
-    except UsageError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    serve = _prefork if options.concurrency == "pre-fork" else _serve
-    try:
-        serve(site, lambda: _announce(site))
-    finally:
-        site.server.close_all()
+    with contextlib.ExitStack() as stack:
+        try:
+            site = site_of(options)
+            several = site.slots > 1 or options.concurrency in ("pre-fork", "multi-proc")
+            stack.enter_context(site.logs.installed(several))
+            site.bind()
+        except UsageError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+        serve = _prefork if options.concurrency == "pre-fork" else _serve
+        try:
+            serve(site, lambda: _announce(site))
+        finally:
+            site.server.close_all()
     return 0
 
 

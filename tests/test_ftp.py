@@ -388,6 +388,7 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
 
 #: Options pyftpdlib does not have.
 OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--atomic-uploads"}
+OURS |= {"--log-format", "--log-file", "--xferlog", "--quiet"}
 
 
 def option_names(help_text: str) -> set[str]:

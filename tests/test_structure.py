@@ -26,7 +26,10 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"drain", "monitor", "options", "servers", "site", "tls"},
+    "ftp": {"drain", "logs", "monitor", "options", "servers", "site", "tls"},
+    "logs": {"options", "records", "site", "turns", "writer"},
+    "records": set(),
+    "writer": set(),
     "tls": {"options", "site"},
     "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
     "options": {""},
@@ -148,9 +151,24 @@ def test_the_attributes_of_a_session_we_stand_on_exist(tmp_path: Path) -> None:
         control = list(server.ioloop.socket_map.values())[1]
         eventually(lambda: control.data_channel)
         data = control.data_channel
-        for name in ("_closed", "_closing", "_last_response", "_in_dtp_queue", "_out_dtp_queue", "_fileno"):
+        for name in (
+            "_closed",
+            "_closing",
+            "_last_response",
+            "_in_dtp_queue",
+            "_out_dtp_queue",
+            "_fileno",
+            "_log_debug",
+        ):
             assert hasattr(control, name)
-        for name in ("_quit_pending", "_restart_position", "_rnfr", "_wanted_io_events", "producer_fifo"):
+        for name in (
+            "_quit_pending",
+            "_restart_position",
+            "_rnfr",
+            "_wanted_io_events",
+            "producer_fifo",
+            "_current_type",
+        ):
             assert hasattr(control, name)
         for name in ("_resp", "_closed", "_initialized", "_data_wrapper"):
             assert hasattr(data, name)
