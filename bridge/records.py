@@ -1,7 +1,7 @@
 """What is logged of a session: a record for each event, with its facts beside its text.
 
 A leaf of the package; logs.py puts `RecordsMixin` before the command's handler class and formats what
-comes. The texts are pyftpdlib's. What is added to each of its records is a dict, `record.ftp`, for formatters:
+comes. The texts are pyftpdlib's. What is added to each of its records is a dict, `record.ftp`:
 
     event, session, user, address, port, message; and with some events
     path, source, bytes, seconds, completed, code, command
