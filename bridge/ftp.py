@@ -12,18 +12,18 @@ becomes of workers is in supervisor.py.
 from __future__ import annotations
 
 import argparse
-import logging
+import contextlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gevent
-from pyftpdlib.log import PREFIX, PREFIX_MPROC, config_logging
 
 from bridge import (
     bans,
     config,
+    logs,
     notify,
     passive,
     privileges,
@@ -44,10 +44,7 @@ from bridge.site import Site
 #: What takes part in a site, in this order: modules with `add_options(parser)` and `configure(site)`.
 #: Workers come before what makes tables for all processes, and bind before privileges are dropped; notify
 #: acts around what others do on SIGHUP.
-FEATURES: tuple[Any, ...] = (config, workers, tls, users, bans, passive, proxy, web, privileges, notify)
-
-#: With these, log lines name their process.
-MPROC = ("pre-fork", "multi-proc")
+FEATURES: tuple[Any, ...] = (config, logs, workers, tls, users, bans, passive, proxy, web, privileges, notify)
 
 
 def site_of(options: argparse.Namespace) -> Site:
@@ -104,32 +101,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return useredit.main(argv[1:])
     parser = parser_of(FEATURES)
     options = config.parse(lambda: parser_of(FEATURES), argv)
-    config_logging(
-        level=logging.DEBUG if options.debug else logging.INFO,
-        prefix=PREFIX_MPROC if options.workers != 1 or options.concurrency in MPROC else PREFIX,
-        other_loggers=[logging.getLogger("bridge")],
-    )
-    try:
-        site = site_of(options)
-        if options.check:
-            site.prepare()
-            print(f"As it should be: {summary(site)}", flush=True)
-            return 0
-        site.bind()
-    except UsageError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            site = site_of(options)
+            several = site.workers > 1 or options.concurrency == "multi-proc"
+            stack.enter_context(site.logs.installed(several))
+            if options.check:
+                site.prepare()
+                print(f"As it should be: {summary(site)}", flush=True)
+                return 0
+            site.bind()
+        except UsageError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+        stack.callback(site.close)
         if site.workers > 1:
             workers.run(site, _serve, lambda: _announce(site))
         else:
             _serve(site, lambda: _announce(site))
-    finally:
-        site.close()
     return 0
 
 
 def _announce(site: Site) -> None:
-    for line in announcement(site, sys.stdout):
+    for line in () if site.options.quiet else announcement(site, sys.stdout):
         print(line, flush=True)
     site.tell("ready")
 

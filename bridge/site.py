@@ -90,6 +90,8 @@ class Site:
         self.slots = 1
         self.slot = 0
         self.shared: dict[str, SharedTable] = {}
+        #: Where log lines go, from `bind` on (bridge.logs.Logs).
+        self.logs: Any = None
         self.handler: Any = None
         self.server: Any = None
 

@@ -388,11 +388,13 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
 
 #: Options pyftpdlib does not have.
 OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--atomic-uploads"}
+OURS = {"--hash", "--stop-timeout", "--long-wait", "--max-blocking-time", "--atomic-uploads"}
 OURS |= {"--config", "--check", "--print-config", "--user", "--chroot", "--workers"}
 OURS |= {"--proxy-protocol", "--masquerade", "--passive-ports"}
 OURS |= {"--users", "--anonymous", "--ban"}
 OURS |= {"--http", "--http-admin"}
 OURS |= {"--tls-required", "--require-session-reuse", "--client-ca"}
+OURS |= {"--log-format", "--log-file", "--xferlog", "--quiet"}
 
 
 def option_names(help_text: str) -> set[str]:

@@ -137,6 +137,7 @@ def test_fifty_sessions_block_at_once_and_everybody_else_is_served(tmp_path: Pat
             gate.open()
             for client in clients:
                 assert client.reply()[0] in "15"
+        eventually(lambda: not server.sessions())  # their files are closed, on threads too
     http.stop()
 
 

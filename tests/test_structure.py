@@ -27,7 +27,8 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"announcing", "bans", "config", "monitor", "notify", "options", "passive", "privileges", "proxy"}
+    "ftp": {"announcing", "bans", "config", "logs", "monitor", "notify", "options", "passive", "privileges"}
+    | {"proxy"}
     | {"servers", "signals", "site", "tls", "useredit", "users", "web", "workers"},
     "announcing": {"site"},
     "config": {"options", "site"},
@@ -57,6 +58,9 @@ ARROWS = {
     "tls": {"options", "site", "threads"},
     "ftps": {"certificates", "options", "receiving"},
     "certificates": {"options"},
+    "logs": {"options", "records", "site", "turns", "writer"},
+    "records": set(),
+    "writer": set(),
     "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"},
     "options": {""},
     "shared": set(),
@@ -185,9 +189,24 @@ def test_the_attributes_of_a_session_we_stand_on_exist(tmp_path: Path) -> None:
         control = list(server.ioloop.socket_map.values())[1]
         eventually(lambda: control.data_channel)
         data = control.data_channel
-        for name in ("_closed", "_closing", "_last_response", "_in_dtp_queue", "_out_dtp_queue", "_fileno"):
+        for name in (
+            "_closed",
+            "_closing",
+            "_last_response",
+            "_in_dtp_queue",
+            "_out_dtp_queue",
+            "_fileno",
+            "_log_debug",
+        ):
             assert hasattr(control, name)
-        for name in ("_quit_pending", "_restart_position", "_rnfr", "_wanted_io_events", "producer_fifo"):
+        for name in (
+            "_quit_pending",
+            "_restart_position",
+            "_rnfr",
+            "_wanted_io_events",
+            "producer_fifo",
+            "_current_type",
+        ):
             assert hasattr(control, name)
         for name in ("_resp", "_closed", "_initialized", "_data_wrapper"):
             assert hasattr(data, name)
