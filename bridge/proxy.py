@@ -58,5 +58,5 @@ def configure(site: Site) -> None:
         0, ProxyServerMixin
     )  # what others do with an address, they do with the told one
     site.server_attributes["proxy_networks"] = trusted
-    site.mixins.append(QuietChecksMixin)
+    site.mixins.insert(0, QuietChecksMixin)  # before what logs
     site.attributes["passive_dtp"] = ProxiedPassiveDTP

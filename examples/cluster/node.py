@@ -7,10 +7,7 @@ beside this file has it:
     ./node
 """
 
-if __name__ == "__main__":  # before any other import: Redis' client knows nothing of gevent
-    from gevent import monkey
-
-    monkey.patch_all()
+from __future__ import annotations
 
 import argparse
 import sys
@@ -18,7 +15,7 @@ from types import SimpleNamespace
 
 from redis_authorizer import RedisAuthorizer, connect
 
-from bridge import ftp
+from bridge import OffloadedAuthorizer, ftp
 from bridge.options import UsageError
 from bridge.site import Site
 
@@ -29,9 +26,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def configure(site: Site) -> None:
-    """Ask Redis about users, each time one logs in. A connection is made then, not here."""
+    """Ask Redis about users, each time one logs in. A connection is made then, not here.
+
+    On threads: workers are forked before there is a hub, so nothing is patched for Redis' client.
+    """
     try:
-        site.authorizer = RedisAuthorizer(connect(site.options.redis))
+        site.authorizer = OffloadedAuthorizer(RedisAuthorizer(connect(site.options.redis)))
     except ValueError as error:
         raise UsageError(f"--redis: {error}") from None
     site.users = "users in Redis"
