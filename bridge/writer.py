@@ -39,7 +39,7 @@ _poll = monkey.get_original("select", "poll")
 LIMIT = 10_000
 
 #: Seconds that lines are collected for, from the first on: to wake the thread for each would cost a session
-#: more than all its lines do (measured: README, Logs).
+#: more than all its lines do.
 LINGER = 0.02
 
 #: Seconds between two attempts to write after an error.
