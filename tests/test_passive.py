@@ -62,7 +62,7 @@ def test_an_address_alone_is_nat_address() -> None:
 
 
 def test_pasv_tells_it_and_epsv_has_no_address(tmp_path: Path) -> None:
-    site = site_of("--masquerade", "127.0.0.5=192.0.2.5", "--masquerade", "192.0.2.1")
+    site = site_of("--ban", "0", "--masquerade", "127.0.0.5=192.0.2.5", "--masquerade", "192.0.2.1")
     attributes = {key: site.attributes[key] for key in ("masquerade_networks", "masquerade_address")}
     handler = handler_class(users(tmp_path), type("H", (*site.mixins, site.base), {}), **attributes)
     with started(handler) as server:
