@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ftplib
 import hashlib
 import io
 import os
+import re
+import signal
+import socket
+import ssl
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +90,75 @@ def test_users_are_limited_and_taken_up_anew(tmp_path: Path) -> None:
                 assert other.nlst() == ["more", "small"]
                 with pytest.raises(ftplib.error_perm, match="550 Not enough"):
                     other.delete("small")
+
+
+@pytest.mark.program
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_rate_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str, tls: bool) -> None:
+    """Whenever one looks: not more than so many bytes a second since the start, and some to begin with."""
+    rate, ahead = 100_000, 4 * 64 * 1024  # what may lie in the buffers of both ends does not count as moved
+    if tls:
+        pytest.importorskip("OpenSSL")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    write(tmp_path, f"ada:{CHEAP}:ada:write:{direction}={rate}")
+    (tmp_path / "srv/ada/file").write_bytes(bytes(5_000_000))
+    with Command(*OPTIONS, *(["--tls"] if tls else []), directory=tmp_path) as server:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        client = ftplib.FTP_TLS(timeout=LIMIT, context=context) if tls else ftplib.FTP(timeout=LIMIT)
+        with contextlib.closing(client):
+            client.connect("127.0.0.1", server.port)
+            client.login("ada", "p")
+            if isinstance(client, ftplib.FTP_TLS):
+                client.prot_p()
+            client.voidcmd("TYPE I")
+            start = time.monotonic()
+            with client.transfercmd("STOR file" if direction == "up" else "RETR file") as data:
+                data.settimeout(LIMIT)
+                if direction == "up":
+                    threading.Thread(target=send_all, args=(data,), daemon=True).start()
+                looks: list[int] = []
+                while len(looks) < 3 or not looks[-1]:
+                    if direction == "down":
+                        data.recv(1 << 20)
+                    client.putcmd("STAT")
+                    sent, received = map(int, re.findall(r"Total bytes .*: (\d+)", client.getmultiline()))
+                    moved = received if direction == "up" else sent
+                    assert moved <= rate * (time.monotonic() - start) + ahead
+                    looks.append(moved)
+                assert looks[-1] < 5_000_000
+
+
+def send_all(data: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # until the server is stopped
+        data.sendall(bytes(5_000_000))
+
+
+@pytest.mark.program
+def test_sessions_of_a_user_are_counted_in_all_workers(tmp_path: Path) -> None:
+    write(tmp_path, f"ada:{CHEAP}:ada:write:sessions=3")
+    with Command(*OPTIONS, "--workers", "2", directory=tmp_path) as server, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(login(server))
+        for _ in range(8):  # whichever worker it is
+            with pytest.raises(ftplib.error_temp, match="421 Too many sessions"):
+                login(server)
+
+
+@pytest.mark.program
+def test_sighup_takes_up_users_and_anonymous_is_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, f"ada:{CHEAP}:ada:write")
+    with Command(*OPTIONS, "--anonymous", directory=tmp_path) as server:
+        login(server, "anonymous", "").close()
+        write(tmp_path, f"bob:{CHEAP}:ada:write")
+        server.send(signal.SIGHUP)
+        server.logged(r"users: 1 users")
+        login(server, "bob").close()
+        with pytest.raises(ftplib.error_perm, match="530"):
+            login(server)
+    with Command(*OPTIONS, directory=tmp_path) as server, pytest.raises(ftplib.error_perm, match="530"):
+        login(server, "anonymous", "")
 
 
 @pytest.mark.program
