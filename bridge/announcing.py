@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator
 from typing import IO
 
+from bridge.logs import printable
 from bridge.site import Site
 
 _BOLD, _GREEN, _PLAIN = "\x1b[1m", "\x1b[32m", "\x1b[0m"
@@ -18,7 +19,7 @@ _BOLD, _GREEN, _PLAIN = "\x1b[1m", "\x1b[32m", "\x1b[0m"
 
 def summary(site: Site) -> str:
     """What is served, how and to whom, in one line."""
-    return f"serving {site.place} ({site.access}) to {site.users} on {_where(site)}"
+    return printable(f"serving {site.place} ({site.access}) to {site.users} on {_where(site)}")
 
 
 def announcement(site: Site, stream: IO[str]) -> Iterator[str]:
@@ -26,7 +27,7 @@ def announcement(site: Site, stream: IO[str]) -> Iterator[str]:
     bold, green, plain = (_BOLD, _GREEN, _PLAIN) if coloured(stream) else ("", "", "")
     text = summary(site)
     yield f"{bold}{text[0].upper()}{text[1:]}{plain}"
-    yield from site.told
+    yield from map(printable, site.told)
     command = connect_command(site)
     if command:
         yield f"Connect:  {green}{command}{plain}"

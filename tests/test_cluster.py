@@ -20,12 +20,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from cli import LIMIT, _Lines, environment, run
 
@@ -90,9 +92,15 @@ class Program:
 
     def kill(self) -> None:
         """SIGKILL, with its workers."""
-        with contextlib.suppress(ProcessLookupError):
+        workers = []
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            workers = psutil.Process(self.process.pid).children()
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(LIMIT)
+        for worker in workers:  # they are nobody's children now
+            with contextlib.suppress(psutil.NoSuchProcess):
+                while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(0.001)
 
     def wait_for(self, pattern: str, count: int = 1) -> str:
         line = self.lines.wait_for(pattern, count)

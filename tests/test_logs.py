@@ -224,6 +224,8 @@ def test_xferlog_has_each_transfer_and_deletion(tmp_path: Path) -> None:
             client.voidcmd("TYPE I")
             with client.transfercmd("STOR c") as data:
                 data.sendall(b"123")
+                while "received: 3" not in client.sendcmd("STAT"):
+                    pass
                 client.putcmd("ABOR")
                 client.getmultiline()
             client.getmultiline()

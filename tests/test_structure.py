@@ -30,7 +30,7 @@ ARROWS = {
     "ftp": {"announcing", "bans", "config", "logs", "monitor", "notify", "options", "passive", "privileges"}
     | {"proxy"}
     | {"servers", "signals", "site", "tls", "useredit", "users", "web", "workers"},
-    "announcing": {"site"},
+    "announcing": {"logs", "site"},
     "config": {"options", "site"},
     "notify": {"announcing", "options", "site"},
     "passive": {"options", "site"},
