@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import gevent
 from gevent.event import Event
 
+from bridge.hubs import seconds_until
 from bridge.options import UsageError
 from bridge.shared import Full, SharedTable
 from bridge.site import Site
@@ -199,7 +200,7 @@ class Bans:
             self._added.clear()
             while self._due and self._due[0][0] <= time.monotonic():
                 heappop(self._due)[2]()
-            self._added.wait(self._due[0][0] - time.monotonic() if self._due else None)
+            self._added.wait(seconds_until(self._due[0][0]) if self._due else None)
 
 
 class BanMixin(_FTPHandler):

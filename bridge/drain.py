@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import gevent
 from gevent.event import Event
 
+from bridge.hubs import seconds_until
 from bridge.transfers import transferring
 
 log = logging.getLogger(__name__)
@@ -23,9 +24,6 @@ log = logging.getLogger(__name__)
 #: Seconds that sessions have to end once they were cut, before their channels are closed under them. As
 #: in gevent.baseserver.BaseServer.stop: `self.pool.kill(block=True, timeout=1)`.
 KILL_GRACE = 1.0
-
-#: Seconds; libuv's timers count in milliseconds, and gevent warns of less.
-MIN_WAIT = 0.001
 
 FAREWELL = "Service shutting down."
 
@@ -110,10 +108,9 @@ class Drain:
             self._ioloop.submit(control.finish, FAREWELL)
         while self._sessions:
             self._changed.clear()
-            left = None if self._deadline is None else self._deadline - time.monotonic()
-            if left is not None and left <= 0:
+            if self._deadline is not None and self._deadline <= time.monotonic():
                 break
-            self._changed.wait(left and max(left, MIN_WAIT))
+            self._changed.wait(None if self._deadline is None else seconds_until(self._deadline))
         left_over = list(self._sessions)
         cut = frozenset(control for control in left_over if not control.farewell)
         self._cutting = True

@@ -21,6 +21,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, Protocol
 
 import gevent
@@ -67,6 +68,14 @@ def current() -> Any:
         if not hub.main_hub:
             _thread.undertaker = _Undertaker(hub)
     return hub
+
+
+def seconds_until(when: float) -> float:
+    """Seconds to wait until *when* (`time.monotonic()`), one of libuv's milliseconds at least.
+
+    Of a shorter timer gevent warns on libuv; it would end too early, and be armed again and again.
+    """
+    return max(when - monotonic(), 0.001)
 
 
 def running(hub: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import gevent
 
 from bridge.counts import DIRECTIONS, LAG, Counts
+from bridge.hubs import seconds_until
 from bridge.sessions import snapshot
 from bridge.threads import THREADS
 
@@ -93,7 +94,7 @@ class Pulse:
         due = time.monotonic() + 1.5 - time.time() % 1.0
         last = time.monotonic()
         while True:
-            gevent.sleep(max(due - time.monotonic(), 0.001))
+            gevent.sleep(seconds_until(due))
             now = time.monotonic()
             self.beat(now - last, max(now - due, 0.0))
             last = now

@@ -30,6 +30,7 @@ from proxyprotocol.detect import ProxyProtocolDetect
 from proxyprotocol.result import ProxyResult, ProxyResultIPv4, ProxyResultIPv6
 from pyftpdlib.log import logger as pyftpdlib_logger
 
+from bridge.hubs import seconds_until
 from bridge.sockets import NativeSocket
 
 if TYPE_CHECKING:
@@ -128,11 +129,10 @@ def _receive(sock: Any, header: bytes, count: int | None, deadline: float) -> by
                 count = found.find(b"\n") + 1 or len(found)
             data: bytes = sock.recv(count, socket.MSG_DONTWAIT) if count else b""
         except BlockingIOError:
-            left = deadline - time.monotonic()
             late = ProxyError(f"no PROXY header came in time, but {header!r}")
-            if left <= 0:
+            if deadline <= time.monotonic():
                 raise late from None
-            wait_read(sock.fileno(), left, late)
+            wait_read(sock.fileno(), seconds_until(deadline), late)
         else:
             if data:
                 return data

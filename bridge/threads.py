@@ -23,6 +23,8 @@ from gevent import get_hub, monkey
 from gevent.lock import Semaphore
 from gevent.threadpool import ThreadPool
 
+from bridge.hubs import seconds_until
+
 log = logging.getLogger(__name__)
 
 _allocate_lock = monkey.get_original("_thread", "allocate_lock")
@@ -89,7 +91,7 @@ class Threads:
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             task = self._enqueue(job, timeout)
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.001)
+            left = None if deadline is None else seconds_until(deadline)
             with gevent.Timeout(left, _TimeLimit):
                 task.get()
         except _TimeLimit:

@@ -48,9 +48,9 @@ def test_a_fast_source_waits_for_a_slow_client() -> None:
         tracemalloc.start()
         try:
             client.command("RETR x", "1")
-            before = settled(lambda: produced)  # when the kernel's buffers are full
+            settled(lambda: produced)  # when the kernel's buffers are full, nearly
             assert_idle()
-            assert produced == before < size / 2
+            assert produced < size / 2
             total = drained(data)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
