@@ -175,6 +175,7 @@ assert not [kwargs for kwargs in hooks if "bridge" in repr(kwargs)]
         (FTPHandler, "_on_dtp_close"),
         (FTPHandler, "_shutdown_connecting_dtp"),
         (pyftpdlib.exceptions, "_FileReadWriteError"),
+        (pyftpdlib.exceptions, "_RetryError"),
         (FTPServer, "_accept_new_cons"),
         (FTPServer, "_log_start"),
     ],

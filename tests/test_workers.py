@@ -101,6 +101,22 @@ def test_each_worker_accepts_from_a_socket_of_its_own(tmp_path: Path) -> None:
             assert len(own) == 1
 
 
+def test_without_so_reuseport_the_workers_share_one_socket(tmp_path: Path) -> None:
+    forget = "import gevent.socket, socket; del socket.SO_REUSEPORT"
+    code = f"{forget}; import runpy; runpy.run_module('bridge.ftp', None, '__main__')"
+    with Command(*TWO, directory=tmp_path, program=("-c", code)) as server:
+        first, second = serve(server)
+        listening = Path(f"/proc/net/{'tcp6' if ':' in server.host else 'tcp'}").read_text()
+        assert len(re.findall(rf":{server.port:04X} \S+ 0A ", listening)) == 1
+        for paused, serving in ((first, second), (second, first)):
+            paused.suspend()
+            try:
+                with session(server) as client:
+                    assert owner(server, client) == serving.pid
+            finally:
+                paused.resume()
+
+
 def test_a_port_that_another_server_has_is_an_error_though_its_workers_share_it(tmp_path: Path) -> None:
     with Command(*TWO, "-i", "127.0.0.1", directory=tmp_path) as server:
         serve(server)
