@@ -25,7 +25,7 @@ from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.log import logger
 from pyftpdlib.utils import is_ssl_sock
 
-from bridge.blocks import BURST, RECORD, SENDING, UPSTREAMS, Splice, Unspliceable, unread
+from bridge.blocks import BURST, RECORD, SENDING, UPSTREAMS, Splice, Unspliceable
 from bridge.events import StartingMixin
 from bridge.receiving import ReceivingMixin, is_bare_eof
 
@@ -125,11 +125,8 @@ class TransferMixin(StartingMixin, ReceivingMixin):
         self.transfer_finished = False
         self._resp = (f"{code} {reason}; transfer aborted.", logger.warning)
         self._error = True  # no TLS shutdown
-        self.log(
-            f"{self.cmd} {getattr(self.file_obj, 'name', '?')}: {reason} "
-            f"after {self.get_transmitted_bytes()} bytes",
-            logfun=logger.error,
-        )
+        what = f"{self.cmd} {getattr(self.file_obj, 'name', '?')}"
+        self.log(f"{what}: {reason} after {self.get_transmitted_bytes()} bytes", logfun=logger.error)
 
     def initiate_sendfile(self) -> None:
         """As pyftpdlib, with larger blocks, and done when all is sent: pyftpdlib waits for another event.
@@ -201,11 +198,12 @@ class TransferMixin(StartingMixin, ReceivingMixin):
         if self._receive_into is not None:
             self._receive(self._receive_into)
             return
-        super().handle_read_event()
-        if self._in_records:
-            until = monotonic() + BURST
-            while not self._closed and monotonic() < until and unread(self._fileno) > RECORD:
-                super().handle_read_event()
+        until = monotonic() + BURST if self._in_records else 0.0
+        while not self._closed:
+            before = self.tot_bytes_received
+            super().handle_read_event()
+            if self.tot_bytes_received - before < RECORD or monotonic() > until:
+                return
 
     def initiate_send(self) -> None:
         """As pyftpdlib, with several TLS records or pieces of a listing at a time."""
