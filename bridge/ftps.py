@@ -30,6 +30,7 @@ from OpenSSL import SSL, crypto
 from pyftpdlib.log import logger
 
 from bridge.certificates import Identity
+from bridge.handlers import GOODBYE, TRANSFERS
 from bridge.options import UsageError
 from bridge.receiving import is_bare_eof
 
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
     from pyftpdlib.handlers import TLS_FTPHandler as _TLS_FTPHandler
 else:  # mix-ins: what they extend is the class they are put before
     _TLS_DTPHandler = _TLS_FTPHandler = object
-
-#: Seconds for a client that is to be told 421 to finish its handshake (handlers.GOODBYE).
-GOODBYE = 5.0
 
 #: Seconds that a session can be resumed: a week, the most that TLS 1.3 allows (RFC 8446, 4.6.1). OpenSSL's
 #: default of 2 hours would end the transfers of longer control connections.
@@ -242,7 +240,7 @@ class ControlMixin(_TLS_FTPHandler):
 
     def process_command(self, cmd: str, *args: Any, **kwargs: Any) -> None:
         """As pyftpdlib; a transfer whose data connection had no TLS to show is refused here."""
-        if self._refused is not None and cmd in ("RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"):
+        if self._refused is not None and cmd in TRANSFERS:
             reply, self._refused = self._refused, None
             self.respond(reply, logger.warning)
             return

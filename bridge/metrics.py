@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import gevent
 
 from bridge.counts import DIRECTIONS, LAG, Counts
 from bridge.hubs import seconds_until
+from bridge.logs import printable
 from bridge.sessions import snapshot
 from bridge.threads import THREADS
 
@@ -39,10 +39,6 @@ LISTED = 200
 
 #: Seconds between two beats, each of which notes the lag and a point of the history.
 BEAT = 1.0
-
-
-#: Control characters, those that turn the direction of writing, and what is no character (surrogateescape).
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ReportingMixin(_Server):
@@ -190,7 +186,7 @@ class Reporter:
         transfer = session.transfer
         told: dict[str, Any] = {
             "id": handler.session_id,
-            "user": text(session.user) if handler.authenticated else "",
+            "user": printable(session.user) if handler.authenticated else "",
             "address": session.remote_address[0],
             "since": session.connected_since,
             "idle_since": session.idle_since,
@@ -201,7 +197,7 @@ class Reporter:
         if transfer is not None:
             told["transfer"] = {
                 "command": transfer.command,
-                "path": None if transfer.path is None else text(self._shown(transfer.path)),
+                "path": None if transfer.path is None else printable(self._shown(transfer.path)),
                 "direction": transfer.direction,
                 "bytes": transfer.bytes,
                 "seconds": round(transfer.seconds, 1),
@@ -210,11 +206,6 @@ class Reporter:
                 "size": None if live is None else live.size,
             }
         return told
-
-
-def text(name: str) -> str:
-    """A name of a file or a user as what can be encoded and read: gpj.exe must not look like exe.jpg."""
-    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", name)
 
 
 def _threads(hub: Any) -> dict[str, dict[str, int]]:

@@ -31,9 +31,7 @@ from bridge.options import UsageError
 from bridge.servers import GeventFTPServer
 from bridge.shared import SharedTable
 from bridge.uploads import AtomicFS, remove_leftovers
-
-READ_ONLY = "elr"
-WRITABLE = "elradfmwMT"
+from bridge.userfile import READ_ONLY, WRITABLE
 
 
 class Site:

@@ -30,10 +30,10 @@ from bridge.accounts import AccountDataMixin, AccountMixin, Accounts, AccountSer
 from bridge.confined import ConfinedFS, available
 from bridge.options import UsageError
 from bridge.shared import SharedTable
-from bridge.site import READ_ONLY, WRITABLE, Site
+from bridge.site import Site
 from bridge.threads import THREADS, Threads
 from bridge.uploads import remove_leftovers
-from bridge.userfile import ANONYMOUS, Decoys, Limits, User, UserFileError, parse
+from bridge.userfile import ANONYMOUS, READ_ONLY, WRITABLE, Decoys, Limits, User, UserFileError, parse
 
 log = logging.getLogger(__name__)
 

@@ -177,7 +177,7 @@ class Web:
         self.counts.take(site.slot)
         self.counts.add("starts")
         self._reporter = Reporter(site.slot, self.counts, site.server, self._shown)
-        directory = self._siblings()
+        directory = self._site.runtime_dir
         endings = [self._reporter.close]
         if directory is not None:
             endings.append(siblings.serve(directory, site.slot, self._answer))
@@ -201,9 +201,6 @@ class Web:
             self.counts.close()
 
         return end
-
-    def _siblings(self) -> str | None:
-        return self._site.runtime_dir
 
     def _shown(self, path: str) -> str:
         """A path as users know it, if it is in what the site shares."""
@@ -231,7 +228,7 @@ class Web:
 
     def _ask(self, **question: Any) -> list[Any]:
         """The answers of all processes; this one's first."""
-        directory = self._siblings()
+        directory = self._site.runtime_dir
         own = self._answer(question)
         others = [] if directory is None else siblings.ask_all(directory, self._site.slot, question)
         return [own, *others]

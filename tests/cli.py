@@ -8,6 +8,7 @@ for a line, for the end of a stream or of a process, and fails after LIMIT with 
 from __future__ import annotations
 
 import datetime
+import ftplib
 import ipaddress
 import os
 import re
@@ -218,6 +219,27 @@ def run(*command: str, directory: Path | None = None) -> subprocess.CompletedPro
         timeout=2 * LIMIT,
         check=False,
     )
+
+
+def connect(server: Command, encoding: str = "utf-8") -> ftplib.FTP:
+    """A session that is not logged in; its wait is bounded by LIMIT."""
+    client = ftplib.FTP(timeout=LIMIT, encoding=encoding)
+    try:
+        client.connect("127.0.0.1", server.port)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def log_in(server: Command, user: str = "", password: str = "", *, encoding: str = "utf-8") -> ftplib.FTP:
+    client = connect(server, encoding)
+    try:
+        client.login(user, password)
+    except BaseException:
+        client.close()
+        raise
+    return client
 
 
 def certificate(directory: Path) -> Path:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli import LIMIT, Command, certificate, environment, run
+from cli import LIMIT, Command, certificate, environment, log_in, run
 
 pytestmark = pytest.mark.program
 
@@ -110,17 +110,6 @@ def local(tmp_path: Path) -> Iterator[Path]:
 
 
 # --- clients
-
-
-def log_in(server: Command) -> ftplib.FTP:
-    client = ftplib.FTP(timeout=LIMIT)
-    try:
-        client.connect("127.0.0.1", server.port)
-        client.login()
-    except BaseException:
-        client.close()
-        raise
-    return client
 
 
 def url(server: Command, path: str = "", *, host: str = "127.0.0.1", login: str = "") -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pyftpdlib.__main__
 import pytest
-from cli import LIMIT, Command, certificate, run
+from cli import LIMIT, Command, certificate, connect, log_in, run
 from pyftpdlib import servers
 from pyftpdlib.handlers import DTPHandler, FTPHandler
 
@@ -32,27 +32,6 @@ pytestmark = pytest.mark.program
 
 CONCURRENCY = ("async", "pre-fork", "multi-thread", "multi-proc")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def connect(server: Command, encoding: str = "utf-8") -> ftplib.FTP:
-    """A session that is not logged in; its wait is bounded by LIMIT."""
-    client = ftplib.FTP(timeout=LIMIT, encoding=encoding)
-    try:
-        client.connect("127.0.0.1", server.port)
-    except BaseException:
-        client.close()
-        raise
-    return client
-
-
-def log_in(server: Command, user: str = "", password: str = "", *, encoding: str = "utf-8") -> ftplib.FTP:
-    client = connect(server, encoding)
-    try:
-        client.login(user, password)
-    except BaseException:
-        client.close()
-        raise
-    return client
 
 
 def read(client: ftplib.FTP, name: str) -> bytes:

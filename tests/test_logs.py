@@ -19,13 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
-from cli import LIMIT, Command, certificate, environment, run
+from cli import LIMIT, Command, certificate, connect, environment, log_in, run
 from pyftpdlib.prefork import cpu_count
-from test_ftp import connect, failure, log_in, tls_client
+from test_ftp import failure, tls_client
 
 import bridge.logs
 import bridge.writer
-from bridge.logs import JsonFormatter, Logs, TextFormatter
+from bridge.logs import JsonFormatter, Logs, TextFormatter, printable
 from bridge.records import xferlog_line
 from bridge.writer import Writer
 
@@ -609,3 +609,17 @@ def test_what_is_installed_is_taken_out_again(tmp_path: Path) -> None:
     logging.getLogger("bridge.x").info("outside")
     assert ([(logger.level, [*logger.handlers]) for logger in loggers], logging.logThreads) == before
     assert [line[-6:] for line in read_all(tmp_path / "log")] == ["inside"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("plain é ☃.txt", "plain é ☃.txt"),
+        ("bad-\udcff", "bad-\\xff"),
+        ("\u202egpj.exe", "\\u202egpj.exe"),
+        ("line\nfeed\x00", "line\\nfeed\\x00"),
+    ],
+)
+def test_a_name_is_shown_as_it_is_if_that_can_be_printed(name: str, shown: str) -> None:
+    assert printable(name) == shown
+    printable(name).encode()

@@ -18,7 +18,7 @@ from support import Client, eventually, reset
 from webs import serving_site
 
 from bridge.counts import FIELDS, LAG, Counts
-from bridge.metrics import HISTORY, LISTED, Pulse, text
+from bridge.metrics import HISTORY, LISTED, Pulse
 from bridge.threads import THREADS, Threads
 
 _allocate_lock = monkey.get_original("_thread", "allocate_lock")
@@ -350,17 +350,3 @@ def test_of_too_many_sessions_those_that_transfer_are_listed(tmp_path: Path) -> 
         data.close()
         for client in clients:
             client.close()
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("plain é ☃.txt", "plain é ☃.txt"),
-        ("bad-\udcff", "bad-\\udcff"),
-        ("\u202egpj.exe", "\\u202egpj.exe"),
-        ("line\nfeed\x00", "line\\u000afeed\\u0000"),
-    ],
-)
-def test_a_name_is_shown_as_it_is(name: str, shown: str) -> None:
-    assert text(name) == shown
-    text(name).encode()

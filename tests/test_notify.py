@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli import LIMIT, Command, environment, run
+from cli import LIMIT, Command, environment, log_in, run
 from pyftpdlib.prefork import cpu_count
 
 pytestmark = pytest.mark.program
@@ -57,17 +57,6 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd
 
 def watch(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", str(int(seconds * 1e6)))
-
-
-def log_in(server: Command) -> ftplib.FTP:
-    client = ftplib.FTP(timeout=LIMIT)
-    try:
-        client.connect("127.0.0.1", server.port)
-        client.login()
-    except BaseException:
-        client.close()
-        raise
-    return client
 
 
 # --- a life
