@@ -6,12 +6,11 @@ Between ftp.py, which prints it, and the site. Everything but the address is kno
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterator
 from typing import IO
 
-from bridge.logs import printable
+from bridge.logs import coloured, printable
 from bridge.site import Site
 
 _BOLD, _GREEN, _PLAIN = "\x1b[1m", "\x1b[32m", "\x1b[0m"
@@ -43,11 +42,6 @@ def connect_command(site: Site) -> str:
     host = "localhost" if host in ("0.0.0.0", "::") else host
     url = f"{site.scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
     return f"curl {site.client_options}{shlex.quote(url)}"
-
-
-def coloured(stream: IO[str]) -> bool:
-    """Whether *stream* is a terminal that takes colours, and whose user wants them."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _where(site: Site) -> str:

@@ -15,9 +15,10 @@ import datetime
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from bridge.options import UsageError
 from bridge.records import RecordsMixin, XferlogMixin, fields_of
@@ -89,9 +90,8 @@ class Logs:
         """
         options = self._options
         json_lines = options.log_format == "json"
-        formatter: logging.Formatter = (
-            JsonFormatter() if json_lines else TextFormatter(process, not options.log_file and _colourful(2))
-        )
+        colours = not options.log_file and coloured(sys.stderr)
+        formatter = JsonFormatter() if json_lines else TextFormatter(process, colours)
 
         def notice(number: int) -> str:
             text = f"{_lines(number)} dropped here: they came faster than they could be written"
@@ -157,9 +157,9 @@ def _quick_records() -> Iterator[None]:
             setattr(logging, name, value)
 
 
-def _colourful(fd: int) -> bool:
-    """Whether colours are wanted there (no-color.org)."""
-    return os.isatty(fd) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in (None, "dumb")
+def coloured(stream: IO[str]) -> bool:
+    """Whether *stream* is a terminal that takes colours, and whose user wants them (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
 # --- runs wherever something is logged: must not block

@@ -54,9 +54,7 @@ def configure(site: Site) -> None:
         raise UsageError(
             "--proxy-protocol needs proxy-protocol: pip install 'pyftpdlib-gevent[proxy]'"
         ) from None
-    site.server_mixins.insert(
-        0, ProxyServerMixin
-    )  # what others do with an address, they do with the told one
+    site.server_mixins.insert(0, ProxyServerMixin)  # what others see of an address is what was told
     site.server_attributes["proxy_networks"] = trusted
     site.mixins.insert(0, QuietChecksMixin)  # before what logs
     site.attributes["passive_dtp"] = ProxiedPassiveDTP
