@@ -281,7 +281,7 @@ def _add_files(parser: Parser) -> None:
         "--atomic-uploads",
         action="store_true",
         help="show uploaded files when they are complete, and remove the rest; also what a crash has left "
-        "(needs --write)",
+        "(needs --write or --users)",
     )
     group.add_argument(
         "--hash",
