@@ -17,7 +17,6 @@ import logging
 import os
 import socket
 import stat
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bridge.options import UsageError
+from bridge.replacing import replace
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def kept(interface: str | None = None) -> Identity:
                 except UsageError as error:
                     reason = f"cannot be used ({str(error).removeprefix('--certfile: ')})"
                 log.warning("%s %s: a new certificate is made, with another fingerprint", path, reason)
-            _replace(path, _self_signed(_names(interface)))
+            replace(str(path), _self_signed(_names(interface)))
             return load(str(path))
     except OSError as error:
         raise UsageError(
@@ -167,20 +167,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file that is there completely or not at all, 0600."""
-    fd, temporary = tempfile.mkstemp(prefix=".certificate-", dir=path.parent)
-    try:
-        with open(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _names(interface: str | None) -> list[x509.GeneralName]:

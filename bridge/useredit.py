@@ -13,12 +13,11 @@ import fcntl
 import getpass
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from bridge import userfile
+from bridge import replacing, userfile
 from bridge.options import UsageError
 from bridge.userfile import Hash, Limits, User, UserFileError, is_user
 
@@ -217,7 +216,9 @@ def _edited(path: str, make: bool) -> Iterator[list[str | None]]:
         userfile.parse(text)  # a file that is wrong is not made worse
         lines: list[str | None] = [*text.removesuffix("\n").split("\n")] if text else []
         yield lines
-        _write(path, "".join(f"{line}\n" for line in lines if line is not None), os.fstat(fd))
+        text = "".join(f"{line}\n" for line in lines if line is not None)
+        old = os.fstat(fd)
+        replacing.replace(path, text.encode("utf-8", "surrogateescape"), (old.st_uid, old.st_gid))
     except BaseException:
         if fresh and os.path.samestat(os.fstat(fd), os.stat(path)):
             os.unlink(path)
@@ -247,25 +248,3 @@ def _locked(path: str, make: bool) -> tuple[int, bool]:
         except FileNotFoundError:
             pass  # somebody else's, who made it and changed their mind
         os.close(fd)  # it was replaced while we waited
-
-
-def _write(path: str, text: str, old: os.stat_result) -> None:
-    directory = os.path.dirname(path)
-    fd, name = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=directory)  # 0600
-    try:
-        with open(fd, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-                with contextlib.suppress(PermissionError):  # only for root to give
-                    os.fchown(fd, old.st_uid, old.st_gid)
-            file.write(text)
-            file.flush()
-            os.fsync(fd)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    directory_fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory_fd)
-    finally:
-        os.close(directory_fd)
