@@ -57,7 +57,8 @@ def welcome(guest: Guest) -> None:
     _guests.add(guest)
     if not _watching_forks:
         _watching_forks = True
-        os.register_at_fork(after_in_child=_in_child)
+        # No thread but the forking one lives on in a child, and none that held the lock may be missing.
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=_in_child)
 
 
 def current() -> Any:
@@ -110,13 +111,16 @@ def _on_python_signal(reader: int) -> None:
 
 
 def _in_child() -> None:
-    if get_hub_if_exists() is not None:
-        # Before any watcher is touched: the event loop's kernel side is still shared with the parent,
-        # and on libuv stopping a watcher here would stop it there. (Harmless when the patched
-        # os.fork() does it again.)
-        gevent.reinit()
-    for guest in list(_guests):
-        guest.after_fork()
+    try:
+        if get_hub_if_exists() is not None:
+            # Before any watcher is touched: the event loop's kernel side is still shared with the parent,
+            # and on libuv stopping a watcher here would stop it there. (Harmless when the patched
+            # os.fork() does it again.)
+            gevent.reinit()
+        for guest in list(_guests):
+            guest.after_fork()
+    finally:
+        lock.release()
 
 
 class Mailbox:

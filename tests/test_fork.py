@@ -95,6 +95,35 @@ runner.join()
 """
 
 
+FORK_WHILE_ANOTHER_THREAD_CLOSES = """
+# The other thread closes a loop of this one, as `close()` may, and holds the lock over all hubs meanwhile.
+import threading
+inside, forked = threading.Event(), threading.Event()
+server = FTPServer(("127.0.0.1", 0), handler_class(users(home)), ioloop=GeventIOLoop())
+server.ioloop.attach()
+close = server.close
+def close_slowly():
+    inside.set()
+    forked.wait(1)
+    close()
+server.close = close_slowly
+closer = threading.Thread(target=server.ioloop.close)
+closer.start()
+inside.wait()
+child = os.fork()
+if child == 0:
+    GeventIOLoop().attach()
+    os._exit(0)
+forked.set()
+impatience = threading.Timer(20, os.kill, (child, signal.SIGKILL))
+impatience.start()
+_, status = os.waitpid(child, 0)
+impatience.cancel()
+closer.join()
+print(status, flush=True)
+"""
+
+
 class Program:
     """A server program as a subprocess."""
 
@@ -202,3 +231,8 @@ def test_a_fork_in_the_parent_s_program_leaves_the_server_alone(
             with program.client() as client:
                 transfer(client, tmp_path)
         assert program.process.poll() is None
+
+
+def test_a_child_does_not_wait_for_what_another_thread_of_its_parent_was_doing(tmp_path: Path) -> None:
+    with Program(FORK_WHILE_ANOTHER_THREAD_CLOSES, str(tmp_path)) as program:
+        assert program.ports == [0]  # the child's exit status
