@@ -14,13 +14,13 @@ import io
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -91,16 +91,21 @@ class Program:
         self.lines.close()
 
     def kill(self) -> None:
-        """SIGKILL, with its workers."""
-        workers = []
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            workers = psutil.Process(self.process.pid).children()
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(LIMIT)
-        for worker in workers:  # they are nobody's children now
-            with contextlib.suppress(psutil.NoSuchProcess):
-                while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
-                    time.sleep(0.001)
+        """SIGKILL, with its workers; returns when none of their threads holds a socket any more."""
+        with contextlib.ExitStack() as stack:
+            workers: list[int] = []
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                for worker in psutil.Process(self.process.pid).children():
+                    with contextlib.suppress(ProcessLookupError):
+                        workers.append(os.pidfd_open(worker.pid))
+                        stack.callback(os.close, workers[-1])
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(LIMIT)
+            for descriptor in workers:  # they are nobody's children now
+                # Not `ps`: there a process is a zombie while threads of it still end, and listen.
+                ended = select.poll()
+                ended.register(descriptor, select.POLLIN)
+                assert ended.poll(LIMIT * 1000)
 
     def wait_for(self, pattern: str, count: int = 1) -> str:
         line = self.lines.wait_for(pattern, count)
