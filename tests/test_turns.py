@@ -76,10 +76,17 @@ def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "SLICE_EACH", 0.0)
 
 
+@pytest.fixture
+def all_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice ends with what is ready, also when others have the processor meanwhile."""
+    monkeypatch.setattr(turns, "SLICE", 1000.0)
+
+
 either_order = pytest.mark.parametrize("oldest_last", [True, False])
 
 
 @either_order
+@pytest.mark.usefixtures("all_time")
 def test_in_the_order_in_which_they_became_ready(bench: Bench, oldest_last: bool) -> None:
     bench.serve(bench.channels("abcde"), oldest_last)
     assert bench.served == list("abcde")
@@ -117,6 +124,7 @@ def test_nothing_is_lost_or_overtaken(bench: Bench, oldest_last: bool) -> None:
 
 
 @either_order
+@pytest.mark.usefixtures("all_time")
 def test_a_turn_that_waits_does_not_hold_up_the_next(bench: Bench, oldest_last: bool) -> None:
     a, b, c = bench.channels("abc")
     gate = gevent.event.Event()
@@ -225,6 +233,7 @@ def test_one_event_moves_several_blocks(tmp_path: Any, passes: list[int]) -> Non
         assert block < max(moved.values()) <= channels.BULK + block  # (the first with the command)
 
 
+@pytest.mark.usefixtures("all_time")
 def test_one_event_accepts_several_connections(tmp_path: Any, passes: list[int]) -> None:
     accepted: list[int] = []
 
