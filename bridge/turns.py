@@ -3,6 +3,8 @@
 A leaf of the package: it knows greenlets and contexts, but no socket, no timer and no pyftpdlib. The
 ioloop hands it jobs from the hub; it runs each as one *turn* of one *session* on a *worker* greenlet.
 
+(Over 400 lines: a fifth of them is the argument why it is right, which belongs beside the code.)
+
 The rules, and why they hold:
 
 1. A session has one turn at a time. `Session.worker` names the worker that has it. `Turns.run` and `_work`
@@ -24,6 +26,25 @@ The rules, and why they hold:
    control connection registered during that turn takes the session over. So `on_connect` already runs in
    the session's context, and the client's commands wait until the accept's turn has ended: USER never
    overtakes the banner. Any further channel made in that turn is held the same way.
+
+What follows, together with channels.py and scheduler.py (tests/proof/test_model.py tries it under every order
+of events). All of it is in the hub's thread, and a change of state is made without a switch in it:
+
+- No event is lost. The kernel keeps an event until it is used (it is level-triggered), and a channel is
+  always one of: *watched*, so the kernel tells again; *ready*, in `Turns.ready`, which `serve` empties, or
+  leaves to a pass that it has asked for; *parked*, its unparking in the backlog of its busy session, which
+  rule 2 empties; *resting*, with a timer that ends it. (A channel that is watched may be in `ready`, too:
+  handling it once more finds nothing.)
+- Idle sessions are watched, busy ones do not spin. An event of a busy session parks its channel, so a turn is
+  disturbed once by each channel, however long it waits; the end of the turn has every channel watched again.
+- No call is lost or early. It is in the scheduler's heap, whose timer is never later than its head; or
+  without delay in the list of the hub's next pass; or due, in the backlog of its busy session.
+- No turn is lost. A switch to a worker returns when its turn has ended or waits; one that waits has a session
+  and goes into `waiting`, which only its end takes it out of. So `close()` finds each, and with the
+  registrations' watchers and the scheduler's timer that is all that could be left on the hub.
+- Order holds in a session: `ready` is served in the order of arrival, a backlog from its front, calls by time
+  and then by age. Only calls without delay have two queues, one for those made in a turn of the session and
+  one for all others, and no order between the two.
 """
 
 from __future__ import annotations
