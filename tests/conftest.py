@@ -1,6 +1,7 @@
 """What holds for every test: nothing is left behind, the hub is not blocked, a hang shows itself.
 
-BRIDGE_TEST_PATCHED=1 runs the whole suite under `patch_all()`.
+BRIDGE_TEST_PATCHED=1 runs the whole suite under `patch_all()`. `--proof` and `--long` make the tests under
+tests/proof go on for minutes, or for hours, where they otherwise take seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import gevent
 import greenlet
@@ -41,9 +42,18 @@ GONE = 10.0
 #: Seconds after which a test counts as hanging.
 HANG = 120.0
 
+#: What tests/proof is asked for: seconds of a test, minutes, or hours.
+Effort = Literal["short", "proof", "long"]
+
 _start_native_thread = monkey.get_original("_thread", "start_new_thread")
 _native_lock = monkey.get_original("_thread", "allocate_lock")
 _this = psutil.Process()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bridge")
+    group.addoption("--proof", action="store_true", help="tests/proof: minutes instead of seconds")
+    group.addoption("--long", action="store_true", help="tests/proof: hours")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,6 +68,13 @@ def pytest_collection_finish() -> None:
     # From here on `gc.get_objects()` leaves out what was imported: looking at that took half the time.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def effort(request: pytest.FixtureRequest) -> Effort:
+    """How much of a test under tests/proof to do."""
+    options = request.config.option
+    return "long" if options.long else "proof" if options.proof else "short"
 
 
 def pytest_report_header() -> str:
