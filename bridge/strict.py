@@ -16,12 +16,15 @@ A mix-in for control connections, part of `handlers.SessionMixin`; a leaf of the
 - **After AUTH one logs in anew** (RFC 2228): who was there in the clear may have been somebody else.
 - **PROT C closes the port of PASV where data connections need TLS** (`tls_data_required`); pyftpdlib checks
   only that PASV comes after PROT P.
+- **A path that changes while it is looked at is 550.** os.path.realpath() raises FileNotFoundError when a link
+  goes that was there (Python 3.11), and pyftpdlib ends the session, with a traceback.
 - **SITE CHMOD sets no set-user-id and no set-group-id bit**: whoever may run the file would be the server's
   user.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from typing import TYPE_CHECKING, Any
@@ -41,6 +44,9 @@ LISTINGS = frozenset({"LIST", "NLST", "MLSD"})
 
 #: How pyftpdlib's reply to somebody else's data connection begins.
 _STRANGER = "425 Rejected data connection from foreign address"
+
+#: What is raised when a path has changed between one look and the next.
+_CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP})
 
 #: A line break that ends no line. (vsftpd writes `?`, too.)
 _BREAK = re.compile(r"\r(?!\n)|(?<!\r)\n")
@@ -93,11 +99,17 @@ class StrictMixin(_FTPHandler):
             super().found_terminator()
 
     def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
-        """As pyftpdlib, without NUL."""
+        """As pyftpdlib, without NUL; 550 if the path changes meanwhile."""
         if "\0" in line:
             self.respond("501 A command has no NUL in it.")
-        else:
+            return
+        self._last_response = ""
+        try:
             super().pre_process_command(line, cmd, arg)
+        except OSError as error:
+            if error.errno not in _CHANGED or self._last_response or self._closed:
+                raise
+            self.respond(f"550 {error.strerror}.")
 
     def process_command(self, cmd: str, *args: Any, **kwargs: Any) -> None:
         """As pyftpdlib; who asks for TLS starts anew, and where it is required one does not get rid of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ftplib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import gevent.socket
 import pytest
 from cli import Command, certificate, log_in
 from fakes import Gate, WaitingAuthorizer
+from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers import TLS_FTPHandler
 from support import PATIENCE, Client, eventually, handler_class, started, users
 
@@ -96,6 +98,24 @@ def test_stou_stays_in_the_home(home: Path, tmp_path: Path) -> None:
         client.command("STOU out/x", "550")
         client.command("STOU in/x", "150")
     assert not list((tmp_path / "outside").iterdir())
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_path_that_changes_meanwhile_is_550(home: Path, look: int) -> None:
+    class FS(AbstractedFS):
+        looks = 0
+
+        def realpath(self, path: str) -> str:
+            if path.endswith("gone"):
+                FS.looks += 1
+                if FS.looks == look:
+                    raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+            return super().realpath(path)  # type: ignore[no-any-return]
+
+    (home / "gone").touch()
+    with serving(home, abstracted_fs=FS) as server, Client(server) as client:
+        assert client.command("MFMT 20200101000000 gone", "550") == "550 No such file or directory."
+        client.command("MFMT 20200101000000 gone", "213")
 
 
 # --- line breaks
