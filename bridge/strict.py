@@ -16,8 +16,8 @@ A mix-in for control connections, part of `handlers.SessionMixin`; a leaf of the
 - **After AUTH one logs in anew** (RFC 2228): who was there in the clear may have been somebody else.
 - **PROT C closes the port of PASV where data connections need TLS** (`tls_data_required`); pyftpdlib checks
   only that PASV comes after PROT P.
-- **A path that changes while it is looked at is 550.** os.path.realpath() raises FileNotFoundError when a link
-  goes that was there (Python 3.11), and pyftpdlib ends the session, with a traceback.
+- **A path that changes while it is looked at is 550.** os.path.realpath() raises FileNotFoundError when a
+  link goes that was there (Python 3.11), and pyftpdlib ends the session, with a traceback.
 - **SITE CHMOD sets no set-user-id and no set-group-id bit**: whoever may run the file would be the server's
   user.
 """
