@@ -2,8 +2,9 @@
 
 `GeventFTPServer` gives every handler class it serves what is in here (`prepared`), so an existing program
 changes its server class and nothing else. `FTPHandler` and `TLS_FTPHandler` are pyftpdlib's with the same
-built in, to start a new program from. The mix-ins for control connections are here, in pipelining.py and in
-events.py (with what a program can set), those for data connections in transfers.py and receiving.py.
+built in, to start a new program from. The mix-ins for control connections are here, in pipelining.py, in
+strict.py and in events.py (with what a program can set), those for data connections in transfers.py and
+receiving.py.
 
 What differs from pyftpdlib, and why:
 
@@ -40,6 +41,7 @@ from pyftpdlib.utils import strerror
 from bridge.events import Events, EventsMixin
 from bridge.pipelining import PipeliningMixin
 from bridge.receiving import give_up
+from bridge.strict import StrictMixin
 from bridge.transfers import LIMITS, REPLY_CODES, ActiveMixin, PassiveMixin, TransferMixin, transferring
 from bridge.turns import current_session
 
@@ -59,7 +61,7 @@ GOODBYE = 5.0
 LINGER = 1.0
 
 
-class SessionMixin(PipeliningMixin, EventsMixin):
+class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
     """For a handler class: what a session needs. Put it before pyftpdlib's class, and Events behind that.
 
     Instance attributes: `command`, the command that is being handled (str, None between commands), and

@@ -30,6 +30,7 @@ from bridge.listeners import systemd_sockets
 from bridge.options import UsageError
 from bridge.servers import GeventFTPServer
 from bridge.shared import SharedTable
+from bridge.strict import StrictMixin
 from bridge.uploads import AtomicFS, remove_leftovers
 from bridge.userfile import READ_ONLY, WRITABLE
 
@@ -142,7 +143,10 @@ class Site:
                 raise UsageError("--atomic-uploads needs --write or --users")
             below = attributes.get("abstracted_fs", AbstractedFS)
             attributes["abstracted_fs"] = type("FileSystem", (AtomicFS, below), {})
-        handler = type("Handler", (*self.mixins, base), attributes)
+        bases = (*self.mixins, base)
+        if self.options.concurrency in ("multi-thread", "multi-proc"):  # whose servers add nothing to it
+            bases = (StrictMixin, *bases)
+        handler = type("Handler", bases, attributes)
         # Whatever the server: pyftpdlib's handlers take a reset for the end of the file.
         return prepared(handler) if self.options.atomic_uploads else handler
 

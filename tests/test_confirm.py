@@ -241,6 +241,7 @@ def test_allo(tmp_path: Path) -> None:
         client.command("ALLO 1000", "202")
         assert client.command("ALLO 1001 R 5", "552") == "552 Quota exceeded: 1000 bytes are left."
         client.command("ALLO x", "202")
+        client.command("ALLO   ", "202")
         it.server.handler.left = None
         client.command("ALLO 99999999999999", "202")
         assert store(client, "STOR file", CONTENT).startswith("226")

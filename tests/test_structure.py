@@ -62,15 +62,15 @@ ARROWS = {
     "logs": {"options", "records", "site", "turns", "writer"},
     "records": set(),
     "writer": set(),
-    "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "uploads"}
-    | {"userfile"},
+    "site": {"handlers", "hashing", "ioloop", "listeners", "options", "servers", "shared", "strict"}
+    | {"uploads", "userfile"},
     "options": {""},
     "shared": set(),
     "testing": {"servers"},
     "servers": {"channels", "drain", "handlers", "hubs", "ioloop", "listeners", "sessions", "turns"},
     "drain": {"hubs", "transfers"},
     "sessions": {"events", "transfers", "turns"},
-    "handlers": {"events", "pipelining", "receiving", "transfers", "turns"},
+    "handlers": {"events", "pipelining", "receiving", "strict", "transfers", "turns"},
     "authorizers": {"threads"},
     "checksums": {"offload", "threads", "transfers"},
     "hashing": {"checksums", "transfers"},
@@ -85,6 +85,7 @@ ARROWS = {
     "virtual": {"streams"},
     "streams": {"turns"},
     "pipelining": set(),
+    "strict": set(),
     "scheduler": set(),
     "sockets": set(),
     "threads": {"hubs"},
@@ -200,6 +201,7 @@ def test_the_attributes_of_a_session_we_stand_on_exist(tmp_path: Path) -> None:
             "_out_dtp_queue",
             "_fileno",
             "_log_debug",
+            "_in_buffer",
         ):
             assert hasattr(control, name)
         for name in (
