@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import gevent
-import greenlet
+import honesty
 import psutil
 import pytest
 from gevent import monkey
@@ -31,10 +31,6 @@ from pyftpdlib.ioloop import IOLoop
 
 from bridge import GeventIOLoop
 from bridge.turns import Worker
-
-#: Seconds one turn may run without giving control back; a stall that a client would notice. What it has
-#: waited for a processor does not count, where Linux says how long that was.
-STALL = 0.5
 
 #: Seconds in which a native thread that was joined, or that ends by itself, is gone.
 GONE = 10.0
@@ -142,37 +138,26 @@ def _is_open(number: str) -> bool:
 # --- the hub is not blocked
 
 
-def _queued() -> float:
-    """Seconds that this thread could have run and had to wait for a processor."""
-    try:
-        with open("/proc/thread-self/schedstat") as file:
-            return int(file.read().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
+_watch = honesty.Watch(gevent.get_hub())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    _watch.monitor()  # (before `_no_leaks` counts threads; a test may have ended it)
 
 
 @pytest.fixture(autouse=True)
-def _no_stall(request: pytest.FixtureRequest) -> Iterator[None]:
-    longest = 0.0
-    entered = 0.0
-    queued = _queued()
-
-    def trace(event: str, args: tuple[Any, Any]) -> None:
-        nonlocal longest, entered
-        origin, target = args
-        now = time.perf_counter()
-        if type(origin) is Worker and entered:
-            longest = max(longest, now - entered)
-        entered = now if type(target) is Worker else 0.0
-
-    previous = greenlet.settrace(trace)
+def _no_block(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "blocks" in request.keywords:
+        yield
+        return
+    _watch.start()
     try:
         yield
     finally:
-        greenlet.settrace(previous)
-    longest -= _queued() - queued  # in the whole test: on a machine that is not busy, next to nothing
-    if longest > STALL and "blocks" not in request.keywords:
-        pytest.fail(f"a turn blocked the hub for {longest:.3f} s", pytrace=False)
+        _watch.stop()
+    if _watch.blocks:
+        pytest.fail("\n".join(map(str, _watch.blocks)), pytrace=False)
 
 
 # --- a hang shows itself
