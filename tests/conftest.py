@@ -19,6 +19,7 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import gevent
@@ -138,7 +139,8 @@ def _is_open(number: str) -> bool:
 # --- the hub is not blocked
 
 
-_watch = honesty.Watch(gevent.get_hub())
+_blocks: list[object] = []
+_watch = honesty.Watch(gevent.get_hub(), _blocks.append)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -146,18 +148,27 @@ def pytest_runtest_setup() -> None:
     _watch.monitor()  # (before `_no_leaks` counts threads; a test may have ended it)
 
 
+@pytest.fixture(scope="session")
+def _blocks_of_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file in which programs that are started from now on note what blocks their hubs."""
+    file = tmp_path_factory.mktemp("honest") / "blocks"
+    file.touch()
+    paths = [str(Path(__file__).parent / "honest"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {"BRIDGE_TEST_BLOCKS": str(file), "PYTHONPATH": os.pathsep.join(paths)}
+    return file
+
+
 @pytest.fixture(autouse=True)
-def _no_block(request: pytest.FixtureRequest) -> Iterator[None]:
-    if "blocks" in request.keywords:
-        yield
-        return
+def _no_block(request: pytest.FixtureRequest, _blocks_of_programs: Path) -> Iterator[None]:
     _watch.start()
     try:
         yield
     finally:
         _watch.stop()
-    if _watch.blocks:
-        pytest.fail("\n".join(map(str, _watch.blocks)), pytrace=False)
+        blocks, _blocks[:] = [*map(str, _blocks), *filter(None, [_blocks_of_programs.read_text()])], []
+        os.truncate(_blocks_of_programs, 0)
+    if blocks and "blocks" not in request.keywords:
+        pytest.fail("\n".join(blocks), pytrace=False)
 
 
 # --- a hang shows itself

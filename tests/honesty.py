@@ -1,27 +1,27 @@
 """Does the product block the hub? A trace of all switches says how long, gevent's monitor thread says where.
 
-No tests in here; conftest.py holds a `Watch` over every test, test_honesty.py shows that it works.
+No tests in here. conftest.py holds a `Watch` over every test, honest/sitecustomize.py one over every hub of
+the programs that tests start; test_honesty.py shows that both work.
 
 **What counts** is the time from one switch to the next, as the hub's other greenlets see it, less the time in
-which a thread of this process was ready to run and had no processor. The monitor alone goes by the clock: on a
-busy machine it names greenlets that did nothing but stand in the kernel's queue.
+which a thread of this process was ready to run and had no processor. The monitor alone goes by the clock: on
+a busy machine it names greenlets that did nothing but stand in the kernel's queue.
 
 | in one stretch of a greenlet | counts |
 |---|---|
 | its CPU time; system calls that wait (sleep, a lock, a pipe, the disk) | yes |
 | the GIL while another thread runs with it: the hub stands still all the same | yes |
 | this thread in the kernel's queue for a processor | no |
-| any other thread there: it may hold the GIL, and nothing tells which one does | no |
-| a processor that the hypervisor lends to others (steal) | no |
+| another thread in that queue, which may hold the GIL: nothing tells whether it does | no |
 
-On a machine that is not busy the last three are next to nothing; on one that is, a block may go unnoticed, but
-nothing is called a block that is none. The hub itself waits for events, so of a stretch of the hub only its CPU
-time counts: watchers' callbacks that sleep are not seen, those that compute are.
+On a machine that is not busy the last two are next to nothing. On one that is, a block may go unnoticed where
+several threads are at work, but nothing is called a block that is none. Of a stretch of the hub only its CPU
+time counts, since it waits for events: watchers' callbacks that sleep are not seen, those that compute are.
+CPU time alone counts, too, where there is no /proc: on other systems than Linux, and after a chroot.
 
 **Who counts**: the hub, workers, and greenlets that somebody else than a test has spawned (servers, web
-requests, ends of connections). The main greenlet and those that tests spawn are the clients.
-
-Linux only, as far as queues go; elsewhere the clock counts.
+requests, ends of connections). The main greenlet and those that tests spawn are the clients; in a program,
+the main greenlet starts up and then waits for the end.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,86 +40,95 @@ import gevent
 import gevent.hub
 import greenlet
 
-from bridge.turns import Worker
-
 #: Seconds without a switch that are a block.
 LIMIT = 0.05
 
 #: Seconds between two looks of gevent's monitor thread at what runs: several in a block, if it gets the GIL.
 LOOK = LIMIT / 4
 
-#: Seconds for which a reading of the queues is good enough. One takes 0.2 ms; how far it is off for the next
-#: stretch is in favour of who is watched.
-FRESH = 0.01
+#: Seconds for which a reading of the queues is good enough; one takes 0.15 ms. What was queued between it and
+#: the beginning of a stretch is taken off, too.
+FRESH = 0.005
 
 #: Frames of a report: from the turn to the call that blocks.
 DEPTH = 12
 
 _HERE = str(Path(__file__).parent) + os.sep
-_TICK = 1 / os.sysconf("SC_CLK_TCK")
+
+#: Native ids of the threads that look. They seldom have the GIL, and queue whenever the machine is busy.
+_monitors: set[str] = set()
 
 
 class Block(NamedTuple):
     """Somebody kept the hub from everybody else."""
 
     seconds: float
+    #: Of these, seconds of CPU.
+    used: float
     who: str
     #: The stack when the monitor looked, innermost call last; '' if it did not.
     stack: str
 
     def __str__(self) -> str:
-        return f"{self.who} blocked the hub for {self.seconds * 1000:.0f} ms, at\n{self.stack or '  (not seen)'}"
+        milliseconds = f"{self.seconds * 1000:.0f} ms ({self.used * 1000:.0f} of CPU)"
+        return f"{self.who} blocked the hub for {milliseconds}, at\n{self.stack or '  (not seen)'}"
 
 
-def queued() -> float:
-    """Seconds that threads of this process could have run and had no processor; 0 where Linux is not."""
-    nanoseconds = 0
+def queued() -> dict[str, float]:
+    """Seconds that each thread of this process could have run and had no processor; {} where Linux is not."""
+    waited = {}
     try:
         for thread in os.listdir("/proc/self/task"):
             try:
                 with open(f"/proc/self/task/{thread}/schedstat", "rb") as file:
-                    nanoseconds += int(file.read().split()[1])
+                    waited[thread] = int(file.read().split()[1]) / 1e9
             except (FileNotFoundError, ProcessLookupError):
                 pass  # it has ended since
-        with open("/proc/stat", "rb") as file:
-            stolen = int(file.readline().split()[8])
-    except (OSError, IndexError):
-        return 0.0
-    return nanoseconds / 1e9 + stolen * _TICK
+    except OSError:
+        return {}
+    return waited
 
 
-def of_the_product(who: Any) -> bool:
-    """Whether a greenlet counts."""
-    if isinstance(who, (Worker, gevent.hub.Hub)):
+def queued_since(before: dict[str, float]) -> float:
+    """The sum over all threads that have not ended meanwhile, but for those that look."""
+    now = queued()
+    return sum(now[thread] - before.get(thread, 0.0) for thread in now.keys() - _monitors)
+
+
+def counts(who: Any) -> bool:
+    """Whether a greenlet is the product's."""
+    if type(who).__name__ == "Worker" or isinstance(who, gevent.hub.Hub):
         return True
-    frame = getattr(who, "spawning_stack", None)  # None: the main greenlet's, or a plain greenlet
-    while frame is not None and f"{os.sep}gevent{os.sep}" in frame.f_code.co_filename and frame.f_back:
+    frame = getattr(who, "spawning_stack", None)  # None: the main greenlet, or a plain one
+    while frame is not None and frame.f_back and f"{os.sep}gevent{os.sep}" in frame.f_code.co_filename:
         frame = frame.f_back
     return frame is not None and not frame.f_code.co_filename.startswith(_HERE)
 
 
 class Watch:
-    """Measures all that runs on *hub*, which must be this thread's.
+    """Measures all that runs on *hub*, which must be this thread's, between `start()` and `stop()`.
 
-    `blocks`: those of LIMIT or longer, of the product, that ended between the last `start()` and `stop()`.
+    *on_block* is called with each block that ends, in the greenlet that runs next; it must not switch.
     """
 
-    def __init__(self, hub: Any) -> None:
-        self.blocks: list[Block] = []
+    def __init__(self, hub: Any, on_block: Callable[[Block], object]) -> None:
+        self._on_block = on_block
         self._hub = hub
         self._previous: Any = None
         self._running: Any = None
-        #: When the greenlet that runs was switched to (`time.perf_counter()`), and the hub's CPU seconds then.
+        #: When the greenlet that runs was switched to (`time.perf_counter()`), and this thread's CPU seconds
+        #: then.
         self._entered = self._used = 0.0
         #: The last reading of `queued`, and when.
-        self._queued = self._read = 0.0
+        self._queued: dict[str, float] = {}
+        self._read = 0.0
         #: What the last look saw: `_entered` at that time, who ran, and the stack.
         self._seen: tuple[float, str, list[traceback.FrameSummary]] = (0.0, "", [])
 
     def monitor(self) -> None:
         """Have gevent's monitor thread look at the hub; nothing changes if it does already.
 
-        Its own reports go by the clock, and come some ms late, when another greenlet may run: `_look` is quick.
+        Its own reports go by the clock, and come some ms late, when others may run: `_look` is quick.
         """
         before = gevent.config.monitor_thread
         gevent.config.monitor_thread = True  # for this hub; others would start theirs by themselves
@@ -130,9 +141,9 @@ class Watch:
 
     def start(self) -> None:
         """Watch from now on."""
-        self.blocks = []
         self._queued = queued()
         self._entered = self._read = time.perf_counter()
+        self._used = time.thread_time()
         self._running = greenlet.getcurrent()
         self._previous = greenlet.settrace(self._on_switch)
 
@@ -148,30 +159,29 @@ class Watch:
             self._previous(event, args)  # the monitor's
         origin, target = args
         now = time.perf_counter()
-        if now - self._entered > LIMIT and of_the_product(origin):
+        if now - self._entered > LIMIT and counts(origin):
             self._measure(origin, now)
-        if target is self._hub:
-            self._used = time.thread_time()
-        elif now - self._read > FRESH:
+        if target is not self._hub and now - self._read > FRESH:
             self._queued = queued()
             self._read = time.perf_counter()
         self._running = target
+        self._used = time.thread_time()
         self._entered = time.perf_counter()
 
     def _measure(self, origin: Any, now: float) -> None:
-        if origin is self._hub:
-            seconds = time.thread_time() - self._used
-        else:
-            seconds = now - self._entered - (queued() - self._queued)
+        seconds = used = time.thread_time() - self._used
+        if origin is not self._hub and self._queued:
+            seconds = max(used, now - self._entered - queued_since(self._queued))
         if seconds > LIMIT:
             entered, who, stack = self._seen
             if entered != self._entered:
                 who, stack = repr(origin), []
-            self.blocks.append(Block(seconds, who, "".join(traceback.format_list(stack))))
+            self._on_block(Block(seconds, used, who, "".join(traceback.format_list(stack))))
 
     # --- runs in gevent's monitor thread: no gevent
 
     def _look(self, hub: Any) -> None:
+        _monitors.add(str(threading.get_native_id()))
         entered, running = self._entered, self._running
         frame = sys._current_frames().get(hub.thread_ident)
         if time.perf_counter() - entered > LOOK and frame is not None:
