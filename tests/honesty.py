@@ -13,11 +13,12 @@ a busy machine it names greenlets that did nothing but stand in the kernel's que
 | the GIL while another thread runs with it: the hub stands still all the same | yes |
 | this thread in the kernel's queue for a processor | no |
 | another thread in that queue, which may hold the GIL: nothing tells whether it does | no |
+| a processor that the hypervisor lends to others (steal) | no |
 
-On a machine that is not busy the last two are next to nothing. On one that is, a block may go unnoticed where
-several threads are at work, but nothing is called a block that is none. Of a stretch of the hub only its CPU
-time counts, since it waits for events: watchers' callbacks that sleep are not seen, those that compute are.
-CPU time alone counts, too, where there is no /proc: on other systems than Linux, and after a chroot.
+On a machine that is not busy the last three are next to nothing. On one that is, a block may go unnoticed,
+but nothing is called a block that is none. Of a stretch of the hub only its CPU time counts, since it waits
+for events: watchers' callbacks that sleep are not seen, those that compute are. CPU time alone counts, too,
+where there is no /proc: on other systems than Linux.
 
 **Who counts**: the hub, workers, and greenlets that somebody else than a test has spawned (servers, web
 requests, ends of connections). The main greenlet and those that tests spawn are the clients; in a program,
@@ -29,7 +30,6 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -54,9 +54,7 @@ FRESH = 0.005
 DEPTH = 12
 
 _HERE = str(Path(__file__).parent) + os.sep
-
-#: Native ids of the threads that look. They seldom have the GIL, and queue whenever the machine is busy.
-_monitors: set[str] = set()
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class Block(NamedTuple):
@@ -75,7 +73,10 @@ class Block(NamedTuple):
 
 
 def queued() -> dict[str, float]:
-    """Seconds that each thread of this process could have run and had no processor; {} where Linux is not."""
+    """Seconds in which each thread of this process could have run and had no processor, and all steal.
+
+    {} where Linux is not.
+    """
     waited = {}
     try:
         for thread in os.listdir("/proc/self/task"):
@@ -84,15 +85,16 @@ def queued() -> dict[str, float]:
                     waited[thread] = int(file.read().split()[1]) / 1e9
             except (FileNotFoundError, ProcessLookupError):
                 pass  # it has ended since
+        with open("/proc/stat", "rb") as file:
+            waited["steal"] = int(file.readline().split()[8]) * _TICK
     except OSError:
         return {}
     return waited
 
 
 def queued_since(before: dict[str, float]) -> float:
-    """The sum over all threads that have not ended meanwhile, but for those that look."""
-    now = queued()
-    return sum(now[thread] - before.get(thread, 0.0) for thread in now.keys() - _monitors)
+    """The sum over all threads that have not ended meanwhile."""
+    return sum(seconds - before.get(thread, 0.0) for thread, seconds in queued().items())
 
 
 def counts(who: Any) -> bool:
@@ -155,12 +157,13 @@ class Watch:
     # --- runs in the hub's thread, in the greenlet that was switched to
 
     def _on_switch(self, event: str, args: tuple[Any, Any]) -> None:
+        seen = self._seen  # before it sees this function
         if self._previous is not None:
             self._previous(event, args)  # the monitor's
         origin, target = args
         now = time.perf_counter()
         if now - self._entered > LIMIT and counts(origin):
-            self._measure(origin, now)
+            self._measure(origin, now, *seen)
         if target is not self._hub and now - self._read > FRESH:
             self._queued = queued()
             self._read = time.perf_counter()
@@ -168,12 +171,14 @@ class Watch:
         self._used = time.thread_time()
         self._entered = time.perf_counter()
 
-    def _measure(self, origin: Any, now: float) -> None:
+    def _measure(
+        self, origin: Any, now: float, entered: float, who: str, stack: list[traceback.FrameSummary]
+    ) -> None:
         seconds = used = time.thread_time() - self._used
-        if origin is not self._hub and self._queued:
+        # (Another hub than ours: a forked child gets one, and the trace stays.)
+        if self._queued and not isinstance(origin, gevent.hub.Hub):
             seconds = max(used, now - self._entered - queued_since(self._queued))
         if seconds > LIMIT:
-            entered, who, stack = self._seen
             if entered != self._entered:
                 who, stack = repr(origin), []
             self._on_block(Block(seconds, used, who, "".join(traceback.format_list(stack))))
@@ -181,10 +186,11 @@ class Watch:
     # --- runs in gevent's monitor thread: no gevent
 
     def _look(self, hub: Any) -> None:
-        _monitors.add(str(threading.get_native_id()))
         entered, running = self._entered, self._running
         frame = sys._current_frames().get(hub.thread_ident)
-        if time.perf_counter() - entered > LOOK and frame is not None:
+        since = time.perf_counter() - entered
+        # The last look before LIMIT, or else the first one after it: what comes later may be innocent.
+        if since > LOOK and frame is not None and (since < LIMIT or self._seen[0] != entered):
             lines = itertools.islice(traceback.walk_stack(frame), DEPTH)
             stack = [
                 traceback.FrameSummary(each.f_code.co_filename, line, each.f_code.co_name, lookup_line=False)

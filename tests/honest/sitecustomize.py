@@ -1,8 +1,12 @@
 """In every Python program that a test starts: a `honesty.Watch` over each hub.
 
 conftest.py puts this directory into PYTHONPATH, and into BRIDGE_TEST_BLOCKS the file that blocks are written
-to. A hub is watched from its first run on, when gevent starts its monitor thread. The file is opened at once:
-a program may change its root directory or its user.
+to. A hub is watched from its first run on, when gevent starts its monitor thread. The file is opened at once,
+since a program may change its user. Not watched are programs
+
+- with --chroot: their tests are about what they import before and after;
+- with a thread or a process for each session, pyftpdlib's servers: sessions may block there, and the end of
+  the server waits for them.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 import os
 import sys
 
-if "BRIDGE_TEST_BLOCKS" in os.environ:
+_OTHERS = {"--chroot", "multi-thread", "multi-proc"}
+
+if "BRIDGE_TEST_BLOCKS" in os.environ and not _OTHERS.intersection(sys.orig_argv):
     import gevent
     import gevent.events
 
@@ -28,7 +34,7 @@ if "BRIDGE_TEST_BLOCKS" in os.environ:
             watch.start()
 
     def _write(block: object) -> None:
-        print(f"{sys.orig_argv}: {block}", file=_file, flush=True)
+        print(f"{' '.join(sys.orig_argv)[:200]}: {block}", file=_file, flush=True)
 
     gevent.config.monitor_thread = True
     gevent.events.subscribers.append(_on_event)
