@@ -46,6 +46,9 @@ LIMIT = 0.05
 #: Seconds between two looks of gevent's monitor thread at what runs: several in a block, if it gets the GIL.
 LOOK = LIMIT / 4
 
+#: Seconds until the monitor reports by itself.
+NEVER = 1e9
+
 #: Seconds for which a reading of the queues is good enough; one takes 0.15 ms. What was queued between it and
 #: the beginning of a stretch is taken off, too.
 FRESH = 0.005
@@ -130,16 +133,18 @@ class Watch:
     def monitor(self) -> None:
         """Have gevent's monitor thread look at the hub; nothing changes if it does already.
 
-        Its own reports go by the clock, and come some ms late, when others may run: `_look` is quick.
+        Its own reports are off. They go by the clock, come some ms late, when others may run, and list all
+        threads: under patch_all() the lock for that may give the monitor's thread a hub, which looks like a
+        leak.
         """
         before = gevent.config.monitor_thread
         gevent.config.monitor_thread = True  # for this hub; others would start theirs by themselves
-        gevent.config.print_blocking_reports = False
-        gevent.config.max_blocking_time = LIMIT
+        gevent.config.max_blocking_time = LOOK  # what the thread sleeps first
         try:
             self._hub.start_periodic_monitoring_thread().add_monitoring_function(self._look, LOOK)
         finally:
             gevent.config.monitor_thread = before
+            gevent.config.max_blocking_time = NEVER
 
     def start(self) -> None:
         """Watch from now on."""

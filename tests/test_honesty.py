@@ -21,33 +21,32 @@ from bridge.turns import Turns, Worker
 
 HERE = Path(__file__).parent
 
-BLOCK = """
+COMPUTE = """
 import time
-import honesty
 
-honesty.FRESH = 0  # exact: 10 ms are all that a block of 60 ms has to spare
-
-def block(seconds, enough=lambda: True):
-    # by the guard's own count: on a busy machine no more than that is sure
-    before, started = honesty.queued(), time.perf_counter()
-    while time.perf_counter() - started - honesty.queued_since(before) < seconds or not enough():
-        time.sleep(0.005)
+def compute(seconds, enough=lambda: True):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end or not enough():
+        pass
 """
 
 CASES = """
 import subprocess, sys
 import conftest, gevent, pytest
+from honesty import queued_since
 from pyftpdlib.handlers import FTPHandler
 from support import Client, handler_class, started, users
 
+watch = conftest._watch
+
 def named():
     # the monitor has looked: on a busy machine it comes late
-    return conftest._watch._seen[0] == conftest._watch._entered
+    return watch._seen[0] == watch._entered
 
-def compute(seconds):
-    end = time.thread_time() + seconds
-    while time.thread_time() < end or not named():
-        pass
+def block(seconds):
+    # by the guard's own count: on a busy machine no more than that is sure
+    while time.perf_counter() - watch._entered - queued_since(watch._queued) < seconds or not named():
+        time.sleep(0.005)
 
 def stat(home, function, *args):
     class Handler(FTPHandler):
@@ -58,16 +57,16 @@ def stat(home, function, *args):
         client.command("STAT", "211")
 
 def test_sleeps(tmp_path):
-    stat(tmp_path, block, 0.06, named)
+    stat(tmp_path, block, 0.06)
 
 def test_computes(tmp_path):
-    stat(tmp_path, compute, 0.06)
+    stat(tmp_path, compute, 0.06, named)
 
 def test_blocks_in_a_greenlet_of_its_own(tmp_path):
-    stat(tmp_path, lambda: gevent.spawn(block, 0.06, named).join())
+    stat(tmp_path, lambda: gevent.spawn(block, 0.06).join())
 
 def test_computes_in_the_hub(tmp_path):
-    gevent.get_hub().loop.run_callback(compute, 0.06)
+    gevent.get_hub().loop.run_callback(compute, 0.06, named)
     gevent.sleep(0)
 
 def test_program_blocks(tmp_path):
@@ -75,7 +74,7 @@ def test_program_blocks(tmp_path):
 
 @pytest.mark.blocks
 def test_is_marked(tmp_path):
-    stat(tmp_path, block, 0.06, named)
+    stat(tmp_path, block, 0.06)
 
 def test_waits(tmp_path):
     stat(tmp_path, gevent.sleep, 0.06)
@@ -100,8 +99,8 @@ def test_program_waits(tmp_path):
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What pytest says of each case; '' for one that passed."""
     directory = tmp_path_factory.mktemp("cases")
-    (directory / "test_cases.py").write_text(BLOCK + CASES)
-    (directory / "program.py").write_text(f"{BLOCK}\nimport gevent\ngevent.spawn(block, 0.06).join()\n")
+    (directory / "test_cases.py").write_text(COMPUTE + CASES)
+    (directory / "program.py").write_text(f"{COMPUTE}\nimport gevent\ngevent.spawn(compute, 0.06).join()\n")
     options = ["-c", str(HERE.parent / "pyproject.toml"), "--rootdir", ".", "-p", "conftest"]
     options += ["-p", "no:xdist", "--junitxml", "junit.xml"]
     inherited = environment()
