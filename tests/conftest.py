@@ -144,8 +144,12 @@ _watch = honesty.Watch(gevent.get_hub(), _blocks.append)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    _watch.monitor()  # (before `_no_leaks` counts threads; a test may have ended it)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Before `_no_leaks` counts threads. (A test that blocks may watch by itself.)
+    if item.get_closest_marker("blocks"):
+        _watch.rest()
+    else:
+        _watch.monitor()
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def test_program_blocks(tmp_path):
 
 @pytest.mark.blocks
 def test_is_marked(tmp_path):
-    stat(tmp_path, block, 0.06)
+    stat(tmp_path, compute, 0.06)
 
 def test_waits(tmp_path):
     stat(tmp_path, gevent.sleep, 0.06)
