@@ -19,10 +19,11 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import gevent
-import greenlet
+import honesty
 import psutil
 import pytest
 from gevent import monkey
@@ -31,10 +32,6 @@ from pyftpdlib.ioloop import IOLoop
 
 from bridge import GeventIOLoop
 from bridge.turns import Worker
-
-#: Seconds one turn may run without giving control back; a stall that a client would notice. What it has
-#: waited for a processor does not count, where Linux says how long that was.
-STALL = 0.5
 
 #: Seconds in which a native thread that was joined, or that ends by itself, is gone.
 GONE = 10.0
@@ -142,37 +139,40 @@ def _is_open(number: str) -> bool:
 # --- the hub is not blocked
 
 
-def _queued() -> float:
-    """Seconds that this thread could have run and had to wait for a processor."""
-    try:
-        with open("/proc/thread-self/schedstat") as file:
-            return int(file.read().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
+_blocks: list[object] = []
+_watch = honesty.Watch(gevent.get_hub(), _blocks.append)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Before `_no_leaks` counts threads. (A test that blocks may watch by itself.)
+    if item.get_closest_marker("blocks"):
+        _watch.rest()
+    else:
+        _watch.monitor()
+
+
+@pytest.fixture(scope="session")
+def _blocks_of_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file in which programs that are started from now on note what blocks their hubs."""
+    file = tmp_path_factory.mktemp("honest") / "blocks"
+    file.touch()
+    paths = [str(Path(__file__).parent / "honest"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {"BRIDGE_TEST_BLOCKS": str(file), "PYTHONPATH": os.pathsep.join(paths)}
+    return file
 
 
 @pytest.fixture(autouse=True)
-def _no_stall(request: pytest.FixtureRequest) -> Iterator[None]:
-    longest = 0.0
-    entered = 0.0
-    queued = _queued()
-
-    def trace(event: str, args: tuple[Any, Any]) -> None:
-        nonlocal longest, entered
-        origin, target = args
-        now = time.perf_counter()
-        if type(origin) is Worker and entered:
-            longest = max(longest, now - entered)
-        entered = now if type(target) is Worker else 0.0
-
-    previous = greenlet.settrace(trace)
+def _no_block(request: pytest.FixtureRequest, _blocks_of_programs: Path) -> Iterator[None]:
+    _watch.start()
     try:
         yield
     finally:
-        greenlet.settrace(previous)
-    longest -= _queued() - queued  # in the whole test: on a machine that is not busy, next to nothing
-    if longest > STALL and "blocks" not in request.keywords:
-        pytest.fail(f"a turn blocked the hub for {longest:.3f} s", pytrace=False)
+        _watch.stop()
+        blocks, _blocks[:] = [*map(str, _blocks), *filter(None, [_blocks_of_programs.read_text()])], []
+        os.truncate(_blocks_of_programs, 0)
+    if blocks and "blocks" not in request.keywords:
+        pytest.fail("\n".join(blocks), pytrace=False)
 
 
 # --- a hang shows itself

@@ -186,6 +186,7 @@ sys.exit(bridge.ftp.main())
 """
 
 
+@pytest.mark.blocks  # the handler, for half a second
 def test_a_hub_that_is_blocked_feeds_no_watchdog(
     tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
 ) -> None:

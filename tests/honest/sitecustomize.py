@@ -1,0 +1,40 @@
+"""In every Python program that a test starts: a `honesty.Watch` over each hub.
+
+conftest.py puts this directory into PYTHONPATH, and into BRIDGE_TEST_BLOCKS the file that blocks are written
+to. A hub is watched from its first run on, when gevent starts its monitor thread. The file is opened at once,
+since a program may change its user. Not watched are programs
+
+- with --chroot: their tests are about what they import before and after;
+- with a thread or a process for each session, pyftpdlib's servers: sessions may block there, and the end of
+  the server waits for them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_OTHERS = {"--chroot", "multi-thread", "multi-proc"}
+
+if "BRIDGE_TEST_BLOCKS" in os.environ and not _OTHERS.intersection(sys.orig_argv):
+    import gevent
+    import gevent.events
+
+    _file = open(os.environ["BRIDGE_TEST_BLOCKS"], "a")  # noqa: SIM115  (for the life of the process)
+
+    def _on_event(event: object) -> None:
+        if isinstance(event, gevent.events.PeriodicMonitorThreadStartedEvent):
+            sys.path.append(os.path.dirname(os.path.dirname(__file__)))
+            try:
+                import honesty
+            finally:
+                sys.path.pop()
+            watch = honesty.Watch(event.monitor.hub, _write)
+            watch.monitor()
+            watch.start()
+
+    def _write(block: object) -> None:
+        print(f"{' '.join(sys.orig_argv)[:200]}: {block}", file=_file, flush=True)
+
+    gevent.config.monitor_thread = True
+    gevent.events.subscribers.append(_on_event)
