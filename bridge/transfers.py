@@ -59,8 +59,7 @@ REPLY_CODES = {
 
 _SYSCTL = Path("/proc/sys/net/ipv4")  # for IPv6 too (Linux, ip-sysctl)
 
-#: Ports to try before the kernel has to choose. Hardly ever are more than half in use, which makes all tries
-#: fail once in a million times.
+#: Ports to try before the kernel has to choose: with half of them in use, all fail once in a million times.
 TRIES = 20
 
 #: Linux: bind() leaves the port to connect() (ip(7)). Named by Python from 3.12 on.
@@ -129,10 +128,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
         self.log(f"{what}: {reason} after {self.get_transmitted_bytes()} bytes", logfun=logger.error)
 
     def initiate_sendfile(self) -> None:
-        """As pyftpdlib, with larger blocks, and done when all is sent: pyftpdlib waits for another event.
-
-        A file that can send itself (bridge.offload.OffloadedFile) does it elsewhere.
-        """
+        """As pyftpdlib, with larger blocks, and no other event for the end. OffloadedFiles send themselves"""
         send = getattr(self.file_obj, "sendfile", None)
         size = SENDING if self.ac_out_buffer_size == UPSTREAMS else self.ac_out_buffer_size
         for _ in range(2):  # the second time to hear whether this was the end, or all the socket takes now
@@ -391,6 +387,11 @@ class ActiveMixin(_ReusesAddresses):
                 raise
             self._bind_to_any(self.socket.getsockname())
             super().connect(addr)
+
+    def handle_connect(self) -> None:
+        """As pyftpdlib; the socket is the data connection's then, and `close()` has nothing to do."""
+        super().handle_connect()
+        self._closed = True  # else close() takes off the loop who has the descriptor by then
 
     def handle_close(self) -> None:
         """As pyftpdlib; a transfer that waits for this connection is answered too."""
