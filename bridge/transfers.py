@@ -31,7 +31,7 @@ from bridge.receiving import ReceivingMixin, is_bare_eof
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Besides these, of DTPHandler: _resp, _closed, _initialized; of SSLConnectionMixin: _error; of FTPHandler:
-# _in_dtp_queue, _out_dtp_queue.
+# _in_dtp_queue, _out_dtp_queue, _dtp_acceptor.
 from pyftpdlib.exceptions import _FileReadWriteError, _GiveUpOnSendfile  # isort: skip
 from pyftpdlib.ioloop import _ERRNOS_DISCONNECTED  # isort: skip
 
@@ -278,13 +278,9 @@ def ephemeral_ports() -> Sequence[int]:
     low, high = map(int, (_SYSCTL / "ip_local_port_range").read_text().split())
     reserved = (_SYSCTL / "ip_local_reserved_ports").read_text().strip()
     ports = range(low, high + 1)
-    if not reserved:
-        return ports
-    taken: set[int] = set()
-    for part in reserved.split(","):
-        first, _, last = part.partition("-")
-        taken.update(range(int(first), int(last or first) + 1))
-    return [port for port in ports if port not in taken]
+    parts = [part.partition("-") for part in reserved.split(",") if part]
+    taken = {port for first, _, last in parts for port in range(int(first), int(last or first) + 1)}
+    return [port for port in ports if port not in taken] if taken else ports
 
 
 class _ReusesAddresses(_AsyncChat):
@@ -352,14 +348,17 @@ class PassiveMixin(_ReusesAddresses):
             super().close()
 
     def handle_accept(self) -> None:
-        """As pyftpdlib; a shortage is told to the client."""
+        """As pyftpdlib; a shortage is told to the client, and that its connection was broken already."""
+        control = self.cmd_channel
         try:
             super().handle_accept()
+            if self._closed and control._dtp_acceptor is self:
+                control.data_connection_failed("it broke off")
         except OSError as error:
             if error.errno not in SHORTAGES:
                 raise
             self.close()
-            self.cmd_channel.data_connection_failed(error.strerror or str(error))
+            control.data_connection_failed(error.strerror or str(error))
 
     def handle_timeout(self) -> None:
         """As pyftpdlib if no transfer waits for this connection."""

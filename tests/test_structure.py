@@ -197,6 +197,7 @@ def test_the_attributes_of_a_session_we_stand_on_exist(tmp_path: Path) -> None:
             "_closed",
             "_closing",
             "_last_response",
+            "_dtp_acceptor",
             "_dtp_connector",
             "_in_dtp_queue",
             "_out_dtp_queue",
