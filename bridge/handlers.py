@@ -348,6 +348,11 @@ class SessionMixin(PipeliningMixin, EventsMixin):
         super()._on_dtp_connection()
 
     def _on_dtp_close(self) -> None:
+        if not hasattr(
+            self, "data_channel"
+        ):  # the reply could not be sent, and the session has ended by that
+            self._transfer_ended(False)
+            return
         channel = self.data_channel
         self.last_active = time.time()
         super()._on_dtp_close()
