@@ -281,6 +281,8 @@ class ControlMixin(_TLS_FTPHandler):
 class DataMixin(_TLS_DTPHandler):
     """For a `dtp_handler` class, before pyftpdlib's TLS_DTPHandler, and behind a ControlMixin."""
 
+    _error = False  # also in pyftpdlib's constructor, which closes a connection that was reset already
+
     def secure_connection(self, ssl_context: Any) -> None:
         """As pyftpdlib; if a resumption is required, nothing else is possible."""
         super().secure_connection(ssl_context)

@@ -47,7 +47,8 @@ from bridge.turns import current_session
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _closed, _closing, _last_response, _in_dtp_queue, _out_dtp_queue, _restart_position,
-# _make_epasv, _make_eport, _on_dtp_close; of DTPHandler: _resp, _closed; of SSLConnectionMixin: _error.
+# _make_epasv, _make_eport, _dtp_connector, _on_dtp_connection, _on_dtp_close; of DTPHandler: _resp, _closed;
+# of SSLConnectionMixin: _error.
 
 #: Commands that need a data connection.
 TRANSFERS = frozenset({"RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"})
@@ -342,7 +343,18 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
         if self._closed:  # as above
             self._shutdown_connecting_dtp()
 
+    def _on_dtp_connection(self) -> None:
+        # As pyftpdlib does with the acceptor. The connector it would close later, by a descriptor that may be
+        # another session's by then: that one would be off the loop, and hang.
+        self._dtp_connector = None
+        super()._on_dtp_connection()
+
     def _on_dtp_close(self) -> None:
+        if not hasattr(
+            self, "data_channel"
+        ):  # the reply could not be sent, and the session has ended by that
+            self._transfer_ended(False)
+            return
         channel = self.data_channel
         self.last_active = time.time()
         super()._on_dtp_close()

@@ -31,7 +31,7 @@ from bridge.receiving import ReceivingMixin, is_bare_eof
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Besides these, of DTPHandler: _resp, _closed, _initialized; of SSLConnectionMixin: _error; of FTPHandler:
-# _in_dtp_queue, _out_dtp_queue.
+# _in_dtp_queue, _out_dtp_queue, _dtp_acceptor.
 from pyftpdlib.exceptions import _FileReadWriteError, _GiveUpOnSendfile  # isort: skip
 from pyftpdlib.ioloop import _ERRNOS_DISCONNECTED  # isort: skip
 
@@ -59,8 +59,7 @@ REPLY_CODES = {
 
 _SYSCTL = Path("/proc/sys/net/ipv4")  # for IPv6 too (Linux, ip-sysctl)
 
-#: Ports to try before the kernel has to choose. Hardly ever are more than half in use, which makes all tries
-#: fail once in a million times.
+#: Ports to try before the kernel has to choose: with half of them in use, all fail once in a million times.
 TRIES = 20
 
 #: Linux: bind() leaves the port to connect() (ip(7)). Named by Python from 3.12 on.
@@ -129,10 +128,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
         self.log(f"{what}: {reason} after {self.get_transmitted_bytes()} bytes", logfun=logger.error)
 
     def initiate_sendfile(self) -> None:
-        """As pyftpdlib, with larger blocks, and done when all is sent: pyftpdlib waits for another event.
-
-        A file that can send itself (bridge.offload.OffloadedFile) does it elsewhere.
-        """
+        """As pyftpdlib, with larger blocks, and no other event for the end. OffloadedFiles send themselves"""
         send = getattr(self.file_obj, "sendfile", None)
         size = SENDING if self.ac_out_buffer_size == UPSTREAMS else self.ac_out_buffer_size
         for _ in range(2):  # the second time to hear whether this was the end, or all the socket takes now
@@ -282,13 +278,9 @@ def ephemeral_ports() -> Sequence[int]:
     low, high = map(int, (_SYSCTL / "ip_local_port_range").read_text().split())
     reserved = (_SYSCTL / "ip_local_reserved_ports").read_text().strip()
     ports = range(low, high + 1)
-    if not reserved:
-        return ports
-    taken: set[int] = set()
-    for part in reserved.split(","):
-        first, _, last = part.partition("-")
-        taken.update(range(int(first), int(last or first) + 1))
-    return [port for port in ports if port not in taken]
+    parts = [part.partition("-") for part in reserved.split(",") if part]
+    taken = {port for first, _, last in parts for port in range(int(first), int(last or first) + 1)}
+    return [port for port in ports if port not in taken] if taken else ports
 
 
 class _ReusesAddresses(_AsyncChat):
@@ -356,14 +348,17 @@ class PassiveMixin(_ReusesAddresses):
             super().close()
 
     def handle_accept(self) -> None:
-        """As pyftpdlib; a shortage is told to the client."""
+        """As pyftpdlib; a shortage is told to the client, and that its connection was broken already."""
+        control = self.cmd_channel
         try:
             super().handle_accept()
+            if self._closed and control._dtp_acceptor is self:
+                control.data_connection_failed("it broke off")
         except OSError as error:
             if error.errno not in SHORTAGES:
                 raise
             self.close()
-            self.cmd_channel.data_connection_failed(error.strerror or str(error))
+            control.data_connection_failed(error.strerror or str(error))
 
     def handle_timeout(self) -> None:
         """As pyftpdlib if no transfer waits for this connection."""
@@ -391,6 +386,11 @@ class ActiveMixin(_ReusesAddresses):
                 raise
             self._bind_to_any(self.socket.getsockname())
             super().connect(addr)
+
+    def handle_connect(self) -> None:
+        """As pyftpdlib; the socket is the data connection's then, and `close()` has nothing to do."""
+        super().handle_connect()
+        self._closed = True  # else close() takes off the loop who has the descriptor by then
 
     def handle_close(self) -> None:
         """As pyftpdlib; a transfer that waits for this connection is answered too."""

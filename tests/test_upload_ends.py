@@ -163,3 +163,24 @@ def test_a_file_is_not_aborted_under_a_running_write(tmp_path: Path) -> None:
         lock.release()
         eventually(lambda: sink.closed)
         assert sink.calls == ["write begins", "write ends", "abort"]
+
+
+@PLAIN_AND_TLS
+def test_the_session_ends_by_the_reply_that_cannot_be_sent(
+    tmp_path: Path, tls: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with site(tmp_path, tls) as it, it.client() as client:
+        with client.data() as data:
+            client.command("STOR file", "1")
+            data.sendall(CONTENT)
+            it.in_progress(len(CONTENT))
+            control = it.control()
+            if tls:
+                data.unwrap()
+            data.close()  # the hub sees this first
+            reset(client)
+            eventually(lambda: not it.server._sessions)
+        assert (it.home / "file").read_bytes() == CONTENT
+        assert control._idler is None or control._idler.cancelled
+    assert not lines_of(caplog, "bridge", logging.ERROR)
+    assert not lines_of(caplog, "pyftpdlib", logging.ERROR)

@@ -1,0 +1,140 @@
+"""What the soak test's clients wrote down, and whether disk and transfer log agree. No tests in here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soak_client import content, digest
+
+from bridge.uploads import is_hidden
+
+
+@dataclass
+class Transfer:
+    """One that a client began; *reply* is None if it never saw the end."""
+
+    way: str
+    path: str
+    size: int
+    #: The client meant to bring it to its end.
+    whole: bool
+    tls: bool
+    #: Its client process was killed.
+    killed: bool
+    reply: str | None = None
+    sha256: str | None = None
+
+    @property
+    def completed(self) -> bool:
+        return (self.reply or "").startswith("226")
+
+    @property
+    def may_be_short(self) -> bool:
+        """Whether it ended with its process, which without TLS looks like the end of the file (README)."""
+        return (self.killed or not self.whole) and not self.tls and self.reply is None
+
+
+class Records:
+    """Of one round."""
+
+    def __init__(self, files: list[tuple[Path, bool]]) -> None:
+        self.sessions = self.logins = 0
+        self.problems: list[str] = []
+        self.lost: list[str] = []
+        self.transfers: dict[str, Transfer] = {}
+        for path, killed in files:
+            for record in map(json.loads, path.read_text().splitlines()):
+                self._take(record, killed)
+
+    def _take(self, record: dict[str, Any], killed: bool) -> None:
+        if "begin" in record:
+            name = record.pop("begin")
+            self.transfers[name] = Transfer(killed=killed, **record)
+        elif "end" in record:
+            transfer = self.transfers[record["end"]]
+            transfer.reply, transfer.sha256 = record["reply"], record["sha256"]
+        elif "login" in record:
+            self.logins += 1
+        elif "session" in record:
+            self.sessions += 1
+            if "problem" in record:
+                self.problems.append(record["problem"])
+            if "lost" in record:
+                self.lost.append(record["lost"])
+
+    def of(self, way: str) -> Iterator[Transfer]:
+        return (each for each in self.transfers.values() if each.way == way)
+
+    def completed(self, way: str) -> int:
+        """How many the client saw completed."""
+        return sum(each.completed for each in self.of(way))
+
+    def unknown(self, way: str) -> int:
+        """How many more the server may have completed: the client never heard, or did not read to the end."""
+        return sum(not each.completed for each in self.of(way))
+
+    # --- what is wrong
+
+    def wrong_files(self, home: Path, directory: Path) -> list[str]:
+        """What is in *directory* and should not be so, and the reverse. Hidden files are for others."""
+        wrong = []
+        deleted: dict[str, bool] = {each.path: each.reply is not None for each in self.of("delete")}
+        there = {
+            str(path.relative_to(home))
+            for path in directory.rglob("*")
+            if path.is_file() and not is_hidden(path.name)
+        }
+        for each in self.of("upload"):
+            data = (home / each.path).read_bytes() if each.path in there else None
+            expected = content(each.path, each.size)
+            there.discard(each.path)
+            if each.path in deleted:
+                holds = data is None or (not deleted[each.path] and data == expected)
+            elif each.completed:
+                holds = data == expected and digest(data) == each.sha256
+            elif each.may_be_short:
+                holds = data is None or expected.startswith(data)
+            elif each.whole and each.reply is None:  # the reply may have been lost
+                holds = data in (None, expected)
+            else:
+                holds = data is None
+            if not holds:
+                size = "not there" if data is None else f"there, {len(data)} bytes"
+                wrong.append(f"{size}: {each}")
+        return wrong + [f"nobody's: {path}" for path in there]
+
+    def wrong_downloads(self, home: Path) -> list[str]:
+        """Downloads that were reported complete and were not."""
+        wrong = []
+        for each in self.of("download"):
+            if each.completed and each.whole:
+                name = each.path
+                size = int(name.split("/")[1]) if name.startswith("files/") else self._size(name)
+                data = content(name, size)[size - each.size :]
+                if each.sha256 != digest(data):
+                    wrong.append(f"{each}")
+        return wrong
+
+    def _size(self, path: str) -> int:
+        return next(each.size for each in self.of("upload") if each.path == path)
+
+    def wrong_lines(self, lines: list[str], home: Path) -> list[str]:
+        """Lines of xferlog that say complete of an upload of this round that is not; broken lines."""
+        uploads = {str(home / each.path): each for each in self.of("upload")}
+        wrong = []
+        for line in lines:
+            fields = line.split()
+            if len(fields) != 18 or fields[17] not in "ci":
+                wrong.append(line)
+                continue
+            each = uploads.get(fields[8])
+            if each is None or fields[11] != "i" or fields[17] == "i":
+                continue
+            whole = int(fields[7]) == each.size and each.whole
+            if not (whole or each.may_be_short):
+                wrong.append(f"{line}: {each}")
+        return wrong

@@ -1,0 +1,109 @@
+"""Data connections that end: nobody else's descriptor is touched, and there is one reply."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent.socket
+import psutil
+import pytest
+from cli import Command
+from pyftpdlib.handlers import FTPHandler
+from support import PATIENCE, Client, eventually, handler_class, reset, started, users
+from uploading import site
+
+
+@contextlib.contextmanager
+def port(client: Client) -> Iterator[Any]:
+    """The client's end of a connection that the server has made for PORT."""
+    with gevent.socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        high, low = divmod(listener.getsockname()[1], 256)
+        client.command(f"PORT 127,0,0,1,{high},{low}", "200")
+        listener.settimeout(PATIENCE)
+        connection, _ = listener.accept()
+        with connection:
+            yield connection
+
+
+@pytest.mark.parametrize("command", ["PASV", "ABOR", "QUIT"])
+def test_what_follows_an_active_transfer_leaves_other_sessions_alone(tmp_path: Path, command: str) -> None:
+    """The descriptor is another session's by then: pyftpdlib would take it off the loop, for good."""
+    (tmp_path / "small").write_bytes(b"small")
+    with started(handler_class(users(tmp_path))) as server, Client(server) as client:
+        with gevent.socket.socket() as second, port(client) as data:
+            eventually(lambda: len(server.ioloop.socket_map) == 3)
+            descriptor = max(server.ioloop.socket_map)
+            client.command("RETR small", "125")
+            assert data.recv(100) == b"small"
+            assert data.recv(100) == b""
+            assert client.reply().startswith("226")
+            second.settimeout(PATIENCE)
+            second.connect(server.address)
+            assert second.recv(100).startswith(b"220")
+            assert max(server.ioloop.socket_map) == descriptor
+            client.send(command)
+            assert client.reply()
+            second.sendall(b"NOOP\r\n")
+            assert second.recv(100).startswith(b"200")
+
+
+def test_pyftpdlib_keeps_what_has_given_its_socket_away() -> None:
+    """When it does not, `ActiveMixin.handle_connect` and `SessionMixin._on_dtp_connection` may go."""
+    names = ("_dtp_acceptor", "_idler", "_in_dtp_queue", "_out_dtp_queue")
+    control = type("Control", (), {**dict.fromkeys(names), "_dtp_connector": 1})()
+    FTPHandler._on_dtp_connection(control)
+    assert control._dtp_connector == 1
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("first", [True, False], ids=["command first", "connection first"])
+def test_one_reply_to_a_connection_that_was_reset_before_it_was_accepted(
+    tmp_path: Path, tls: bool, first: bool
+) -> None:
+    with site(tmp_path, tls) as it, it.client() as client:
+        port = int(client.command("EPSV", "229").split("|")[3])
+        if first:
+            client.command("STOR file", "150")
+        data = socket.create_connection(("127.0.0.1", port))  # which does not let the hub run
+        reset(data)
+        if not first:
+            client.command("STOR file", "425")
+        else:
+            assert client.reply().startswith("425")
+        client.command("NOOP", "200")
+        client.command("EPSV", "229")
+        assert it.hidden() == []
+
+
+@pytest.mark.program
+def test_the_command_over_tls_gives_one_reply_to_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("OpenSSL")
+    pytest.importorskip("cryptography")
+    from ftps_clients import FTPS
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    with (
+        Command("--write", "--tls", directory=tmp_path) as server,
+        contextlib.closing(FTPS(server)) as client,
+    ):
+        client.voidcmd("TYPE I")
+        address = client.makepasv()
+        assert client.sendcmd("STOR file").startswith("150")
+        process = psutil.Process(server.pid)
+        process.suspend()
+        try:
+            reset(socket.create_connection(address))
+        finally:
+            process.resume()
+        assert client.getmultiline().startswith("425")
+        assert client.voidcmd("NOOP").startswith("200")
+        assert client.sendcmd("PASV").startswith("227")
+        assert "Traceback" not in server.stop()[1]
