@@ -68,6 +68,7 @@ class SessionMixin(PipeliningMixin, EventsMixin):
 
     _in_dtp_queue: Any
     _out_dtp_queue: Any
+    data_channel: Any
     #: Why the session is about to be ended, once its transfer has.
     farewell = ""
 
