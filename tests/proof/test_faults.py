@@ -67,6 +67,8 @@ class Fault:
 
 
 SOCKET = r"^\d+<TCP"
+#: TLS's application data, 16 KiB: a data connection.
+FULL_RECORD = r"^\d+<TCP.*\\27\\3\\3@\\21"
 FILE = r"^\d+</[^>]*/srv/"
 
 FAULTS = [
@@ -79,6 +81,7 @@ FAULTS = [
     Fault("pipe2", "EMFILE ENFILE", servers="plain"),
     Fault("read", "ECONNRESET EAGAIN EINTR ETIMEDOUT", "tls", SOCKET),
     Fault("write", "EPIPE ECONNRESET EAGAIN EINTR ETIMEDOUT", "tls", SOCKET),
+    Fault("write", "EPIPE ETIMEDOUT", "tls", FULL_RECORD),
     Fault("read", "EIO ESTALE EINTR", "tls", path="srv/ada/source"),
     Fault("write", "ENOSPC EIO EDQUOT EFBIG EINTR", only=FILE),
     Fault("write", "ENOSPC EIO EDQUOT EINTR", "files", path="log"),
