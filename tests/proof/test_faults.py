@@ -26,12 +26,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from cli import LIMIT, Command, certificate
 from conftest import Effort
-from injecting import Call, Tracer, unavailable
+from injecting import Tracer, unavailable
 from victims import CONTENT, OLD, SOURCE, Bystander, Client, Victim
 
 from bridge.userfile import Hash
@@ -123,7 +124,6 @@ class Target:
         self._process = psutil.Process(server.pid)
         self._log = open(directory / "log")  # noqa: SIM115 (closed by close)
         self._checks = 0
-        self.counts: dict[str, list[Call]] = {}
         self.bystander = Bystander(server.port, self.home)
         self.run("transfers")
         self.check()
@@ -265,8 +265,9 @@ def command(directory: Path, name: str) -> Iterator[Command]:
     (directory / "users").touch(0o600)
     (directory / "users").write_text(f"ada:{cheap}:ada:write:\n")
     certificate(directory)
-    # On a machine with much else to do the hub is blocked for longer than the monitor allows.
-    options = ("--atomic-uploads", "--log-file", "log", "--max-blocking-time", "0")
+    # The bystanders rest for longer than anybody may, and on a machine with much else to do the hub is blocked
+    # for longer than the monitor allows.
+    options = ("--atomic-uploads", "--log-file", "log", "--timeout", "0", "--max-blocking-time", "0")
     with Command(*OPTIONS[name], *options, directory=directory) as server:
         yield server
         assert "Traceback" not in server.output
@@ -279,6 +280,8 @@ def times(numbers: list[int], effort: Effort) -> list[str]:
     if effort == "proof":
         third = len(numbers) // 3
         return [*dict.fromkeys(str(numbers[each]) for each in (0, third, 2 * third)), storm(numbers[0])]
+    # How many there are differs by a few from run to run (TLS, most of all), so the last ones may not come.
+    numbers = numbers[: max(1, len(numbers) * 9 // 10)]
     return [when for number in numbers for when in (str(number), storm(number))]
 
 
@@ -315,7 +318,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("server", "fault"), cases)
 
 
-def test_a_call_that_fails(targets: dict[str, Target], server: str, fault: Fault, effort: Effort) -> None:
+def test_a_call_that_fails(
+    targets: dict[str, Target], server: str, fault: Fault, effort: Effort, _watchdog: Any
+) -> None:
     target = targets[server]
     victim, tracer = target.trace(fault)
     assert not victim.refused(), victim.steps
@@ -325,6 +330,7 @@ def test_a_call_that_fails(targets: dict[str, Target], server: str, fault: Fault
         del numbers[1:]
     for error in fault.errors.split()[: 1 if effort == "short" else None]:
         for when in times(numbers, effort):
+            _watchdog.test(f"{server} {fault} {error} {when}")  # which has its time for itself
             fail(target, fault, error, when)
 
 

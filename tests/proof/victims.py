@@ -287,9 +287,9 @@ class Bystander:
 
     def go_on(self) -> None:
         assert [client.command("STAT") for client in self._clients] == ["211"] * 3
-        self._up.sendall(self._pattern[self._sent : self._sent + self.STEP])
+        begin = self._sent % self.SIZE
+        self._up.sendall(self._pattern[begin : begin + self.STEP])
         self._sent += self.STEP
-        assert self._sent < self.SIZE
 
     def end(self) -> None:
         """Let both transfers come to their end, which has to be 226 and the same bytes."""
@@ -297,7 +297,8 @@ class Bystander:
             assert file.read() == self._pattern
         self._up.close()
         assert [client.reply() for client in self._clients[1:]] == ["226", "226"]
-        assert (self._home / "bystander").read_bytes() == self._pattern[: self._sent]
+        repeated = self._pattern * (self._sent // self.SIZE + 1)
+        assert (self._home / "bystander").read_bytes() == repeated[: self._sent]
 
     def close(self) -> None:
         for client in self._clients:
