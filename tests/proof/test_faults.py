@@ -265,7 +265,7 @@ def command(directory: Path, name: str) -> Iterator[Command]:
     (directory / "users").touch(0o600)
     (directory / "users").write_text(f"ada:{cheap}:ada:write:\n")
     certificate(directory)
-    # The bystanders rest for longer than anybody may, and on a machine with much else to do the hub is blocked
+    # Bystanders rest for longer than anybody may; and on a machine with much else to do the hub is blocked
     # for longer than the monitor allows.
     options = ("--atomic-uploads", "--log-file", "log", "--timeout", "0", "--max-blocking-time", "0")
     with Command(*OPTIONS[name], *options, directory=directory) as server:
@@ -319,8 +319,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_a_call_that_fails(
-    targets: dict[str, Target], server: str, fault: Fault, effort: Effort, _watchdog: Any
+    targets: dict[str, Target], server: str, fault: Fault, effort: Effort, request: pytest.FixtureRequest
 ) -> None:
+    watchdog: Any = request.getfixturevalue("_watchdog")
     target = targets[server]
     victim, tracer = target.trace(fault)
     assert not victim.refused(), victim.steps
@@ -330,7 +331,7 @@ def test_a_call_that_fails(
         del numbers[1:]
     for error in fault.errors.split()[: 1 if effort == "short" else None]:
         for when in times(numbers, effort):
-            _watchdog.test(f"{server} {fault} {error} {when}")  # which has its time for itself
+            watchdog.test(f"{server} {fault} {error} {when}")  # which has its time for itself
             fail(target, fault, error, when)
 
 
