@@ -133,7 +133,7 @@ class Victim(Client):
             self.steps.append(("connect", ""))
             code = self.reply()
             self.steps[-1] = ("connect", code)
-            if code == "220" and script != "tls":
+            if code == "220" and not script.startswith("tls"):
                 self._log_in_and_go_on(script)
             elif code == "220" and self.command("AUTH TLS") == "234":
                 try:
@@ -150,23 +150,21 @@ class Victim(Client):
 
     def _log_in_and_go_on(self, script: str) -> None:
         if self.command("USER ada") == "331" and self.command("PASS p") == "230":
-            for line in ("PBSZ 0", "PROT P") if script == "tls" else ():
+            for line in ("PBSZ 0", "PROT P") if script.startswith("tls") else ():
                 self.command(line)
             self.command("TYPE I")
-            if script == "transfers" or script == "tls":
-                self._transfer()
+            if script in ("transfers", "tls-up"):
+                self._store("STOR", "new", None)
+                self._store("STOR", "old", OLD, "PASV")
+                self._store("APPE", "appended", None)
+            if script in ("transfers", "tls-down"):
+                self._retrieve("source", 0, "EPSV")
+                self._retrieve("source", 1000, "PORT")
+                self._list("LIST")
+                self._list("MLSD")
             if script == "files":
                 self._files()
         self.command("QUIT")
-
-    def _transfer(self) -> None:
-        self._store("STOR", "new", None)
-        self._retrieve("source", 0, "EPSV")
-        self._store("STOR", "old", OLD, "PASV")
-        self._retrieve("source", 1000, "PORT")
-        self._store("APPE", "appended", None)
-        self._list("LIST")
-        self._list("MLSD")
 
     def _files(self) -> None:
         for line in (
