@@ -52,8 +52,8 @@ _spare: list[weakref.ref[_Pipe]] = []
 
 
 class _Pipe:
-    def __init__(self) -> None:
-        self.out, self.into = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    def __init__(self, out: int, into: int) -> None:
+        self.out, self.into = out, into
         try:
             fcntl.fcntl(self.into, fcntl.F_SETPIPE_SZ, RECEIVING)
         except OSError:
@@ -146,4 +146,4 @@ def _borrow() -> _Pipe:
         pipe = _spare.pop()()
     except IndexError:
         pipe = None
-    return _Pipe() if pipe is None else pipe
+    return _Pipe(*os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)) if pipe is None else pipe

@@ -226,6 +226,14 @@ class Registration:
         """One turn for what is ready: what asyncore's read() and write() do, and pyftpdlib's poll()."""
         channel = self.channel
         consumed = False
+        unwatched = not (self.watcher.active or self.resting or self.parked)
+        if unwatched:
+            # epoll_ctl(2) has refused (ENOSPC, ENOMEM): libev gives the watcher up, with one last event.
+            if not self.delay:
+                log.error(
+                    "%r cannot be watched; looking at it every %g to %g s", channel, MIN_DELAY, MAX_DELAY
+                )
+            self._rest(None)
         events = self.ready
         if not events:
             events = self.handshake or self.events
@@ -273,7 +281,7 @@ class Registration:
             # Ready, but neither side wants it (a connection that hung up while its transfer is
             # throttled, say): the fd stays ready and would wake the hub for ever.
             self._rest(None)
-        elif self.delay:
+        elif self.delay and not unwatched:
             self.delay = 0.0
             if self.session is None:
                 log.warning("%r accepts connections again", channel)

@@ -47,7 +47,7 @@ from bridge.turns import current_session
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _closed, _closing, _last_response, _in_dtp_queue, _out_dtp_queue, _restart_position,
-# _make_epasv, _make_eport, _dtp_connector, _on_dtp_connection, _on_dtp_close; of DTPHandler: _resp, _closed;
+# _make_epasv, _make_eport, _on_dtp_connection, _on_dtp_close; of DTPHandler: _resp, _closed;
 # of SSLConnectionMixin: _error.
 
 #: Commands that need a data connection.
@@ -71,6 +71,7 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
 
     _in_dtp_queue: Any
     _out_dtp_queue: Any
+    data_channel: Any
     #: Why the session is about to be ended, once its transfer has.
     farewell = ""
 
@@ -236,6 +237,10 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             if self._closed or error.errno not in LIMITS:
                 raise
             self.respond_w_warning(f"451 {error.strerror}.")
+        except AttributeError:
+            # The session has ended with a reply in the middle of the command: `data_channel` is gone.
+            if not self._closed:
+                raise
         finally:
             self.command = None
             self.__dict__.pop("respond", None)
@@ -306,6 +311,18 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
         finally:
             self._give_up_orphan()
 
+    def push_dtp_data(
+        self, data: Any, isproducer: bool = False, file: Any = None, cmd: str | None = None
+    ) -> None:
+        """As pyftpdlib; the session may end while the client is told that the transfer begins."""
+        try:
+            super().push_dtp_data(data, isproducer, file, cmd)
+        finally:
+            if self._closed:
+                self._out_dtp_queue = None
+                if file is not None:
+                    file.close()
+
     def _give_up_orphan(self) -> None:
         """The session was closed while pyftpdlib told the client that the file is open, and queued it."""
         received = getattr(self, "_in_dtp_queue", None)
@@ -344,20 +361,20 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             self._shutdown_connecting_dtp()
 
     def _on_dtp_connection(self) -> None:
-        # As pyftpdlib does with the acceptor. The connector it would close later, by a descriptor that may be
-        # another session's by then: that one would be off the loop, and hang.
-        self._dtp_connector = None
-        super()._on_dtp_connection()
+        """As pyftpdlib; the session may end while the client is told that the transfer is over."""
+        try:
+            super()._on_dtp_connection()
+        except AttributeError:  # as in pre_process_command
+            if not self._closed:
+                raise
 
     def _on_dtp_close(self) -> None:
-        if not hasattr(
-            self, "data_channel"
-        ):  # the reply could not be sent, and the session has ended by that
-            self._transfer_ended(False)
-            return
         channel = self.data_channel
         self.last_active = time.time()
-        super()._on_dtp_close()
+        if self._closed:
+            self.data_channel = None  # pyftpdlib would start the idle timer again
+        else:
+            super()._on_dtp_close()
         completed = channel is not None and channel.transfer_finished
         file = channel.file_obj if channel is not None and channel.receive else None
         if file is not None and not (completed or getattr(channel, "aborted", False)):
@@ -369,6 +386,7 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
         if self._closed:
             return
         channel = self.data_channel
+        closing = channel is not None and channel._closed  # its reply is what ends the session
         if channel is not None:
             channel._error = True  # no TLS shutdown, which nobody would wait for
         received = getattr(self, "_in_dtp_queue", None)
@@ -377,6 +395,8 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
         try:
             super().close()
         finally:
+            if closing:
+                self.data_channel = channel  # for _on_dtp_close, which it calls next
             if received is not None:
                 self._give_up(received[0])
             ended = getattr(self.server, "session_ended", None)

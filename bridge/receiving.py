@@ -69,12 +69,14 @@ class ReceivingMixin(_DTPHandler):
         broke_off = self._broke_off()
         if broke_off:
             self.transfer_finished = False
-        if broke_off or is_bare_eof(sys.exc_info()[1]):
-            self._error = True  # no TLS shutdown: there is nobody to wait for
-        error = self._close_file()
-        if error is not None:
+        error = sys.exc_info()[1]
+        if broke_off or is_bare_eof(error) or _is_reset(error):
+            # No TLS shutdown: there is nobody to wait for, and OpenSSL fails it (pyftpdlib tries for ever).
+            self._error = True
+        failed = self._close_file()
+        if failed is not None:
             replies = self._resp  # or else who closes it does: ABOR, PASV, the end of the session
-            self._fail(error)
+            self._fail(failed)
             self._resp = replies and self._resp
         elif broke_off:
             self._resp = ("426 Connection broke off; transfer aborted.", logger.warning)
@@ -91,7 +93,7 @@ class ReceivingMixin(_DTPHandler):
         error = sys.exc_info()[1] if self.receive and self.transfer_finished else None
         if isinstance(error, OSError):
             return True
-        if type(error).__name__ == "SysCallError" and error is not None and error.args[0] > 0:  # a reset
+        if _is_reset(error):
             return True
         return is_bare_eof(error) and bool(getattr(self.cmd_channel, "require_close_notify", True))
 
@@ -178,6 +180,11 @@ def is_bare_eof(error: BaseException | None) -> bool:
     if kind.__name__ == "SysCallError":
         return bool(error.args[0] == -1)
     return kind.__name__ == "Error" and "unexpected eof" in str(error)
+
+
+def _is_reset(error: BaseException | None) -> bool:
+    """Whether *error* is what a system call of OpenSSL's has failed with. By name, as above."""
+    return error is not None and type(error).__name__ == "SysCallError" and error.args[0] > 0
 
 
 def _skip_one_call(control: Any, name: str) -> None:

@@ -41,7 +41,7 @@ class Threads:
 
     - (int) size: calls at once; more wait in line.
     - (float) queue_timeout: seconds in line, after which OSError (EAGAIN) is raised: 451 to the client.
-      None for no limit.
+      None for no limit. The same is raised at once when the system starts no more threads.
 
     Threads are started when needed and end after 10 s without work. `kill()` ends those of this hub; a
     native thread with a hub of its own calls it before it ends, or the pool and the hub are kept for good.
@@ -115,7 +115,12 @@ class Threads:
         if not free.acquire(timeout=min(limits, default=None)):
             log.warning("all %d threads were busy for %g s", self.size, min(limits))
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        task = pool.spawn(job)
+        try:
+            task = pool.spawn(job)
+        except RuntimeError as error:  # RLIMIT_NPROC, or a container's limit
+            free.release()
+            log.warning("no thread for it: %s", error)
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
         task.rawlink(lambda _: free.release())  # also when nobody waits any more
         return task
 

@@ -46,6 +46,15 @@ _SENDS = (DTPHandler.send, _TLS.send)
 #: Errors that come and go with the load. The transfer that meets one gets 425, or 451 for its file.
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
+#: What the network does to a connection, besides what pyftpdlib knows as disconnection. Linux tells it to who
+#: accepts the connection, too (accept(2)).
+OF_CONNECTIONS = frozenset(
+    {errno.ENETDOWN, errno.EPROTO, errno.ENOPROTOOPT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+    | {errno.EOPNOTSUPP, errno.ENETUNREACH}
+)
+
+_DISCONNECTED = _ERRNOS_DISCONNECTED | OF_CONNECTIONS
+
 #: A file system that does not answer: what bridge.offload raises after its time limits, and NFS.
 LIMITS = frozenset({errno.EAGAIN, errno.ETIMEDOUT})
 
@@ -140,7 +149,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in _ERRNOS_DISCONNECTED:
+                if error.errno in _DISCONNECTED:
                     self.close_when_done()  # by what is queued handle_close() knows that this is not the end
                     self.handle_close()
                 elif self.tot_bytes_sent == 0 and error.errno not in LIMITS:
@@ -221,7 +230,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
             self._write(error.args[0])
             return
         except OSError as error:
-            if error.errno in _ERRNOS_DISCONNECTED:
+            if error.errno in _DISCONNECTED:
                 self.handle_close()  # ReceivingMixin sees why
             else:
                 self.handle_error()
@@ -348,17 +357,23 @@ class PassiveMixin(_ReusesAddresses):
             super().close()
 
     def handle_accept(self) -> None:
-        """As pyftpdlib; a shortage is told to the client, and that its connection was broken already."""
+        """As pyftpdlib; the client is told of a shortage, and of a connection that has failed already."""
         control = self.cmd_channel
         try:
             super().handle_accept()
             if self._closed and control._dtp_acceptor is self:
                 control.data_connection_failed("it broke off")
         except OSError as error:
-            if error.errno not in SHORTAGES:
+            if error.errno not in SHORTAGES | OF_CONNECTIONS:
                 raise
             self.close()
             control.data_connection_failed(error.strerror or str(error))
+
+    def handle_error(self) -> None:
+        """As pyftpdlib; the transfer that waits for this connection is answered too."""
+        super().handle_error()
+        if not self.cmd_channel._closed and self.cmd_channel.data_channel is None:
+            self.cmd_channel.data_connection_failed("internal error")
 
     def handle_timeout(self) -> None:
         """As pyftpdlib if no transfer waits for this connection."""
@@ -386,11 +401,6 @@ class ActiveMixin(_ReusesAddresses):
                 raise
             self._bind_to_any(self.socket.getsockname())
             super().connect(addr)
-
-    def handle_connect(self) -> None:
-        """As pyftpdlib; the socket is the data connection's then, and `close()` has nothing to do."""
-        super().handle_connect()
-        self._closed = True  # else close() takes off the loop who has the descriptor by then
 
     def handle_close(self) -> None:
         """As pyftpdlib; a transfer that waits for this connection is answered too."""

@@ -15,11 +15,12 @@ import pyftpdlib.handlers
 import pytest
 from cli import certificate
 from pyftpdlib.filesystems import AbstractedFS
+from scarcity import no_descriptors
 from support import Client, eventually, handler_class, started, users
 from uploading import TLSClient
 
 from bridge import AtomicFS, blocks
-from bridge.blocks import RECEIVING, RECORD, SENDING, Splice
+from bridge.blocks import RECEIVING, RECORD, SENDING, Splice, Unspliceable
 
 needs_splice = pytest.mark.skipif(not hasattr(os, "splice"), reason="os.splice is Linux's")
 
@@ -135,13 +136,13 @@ def test_where_splice_does_not_work(tmp_path: Path, when: str, monkeypatch: pyte
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return splice(*args, **kwargs)
 
-    def none_left() -> Any:
+    def none_left(flags: int) -> Any:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     content = content_of(5 * RECEIVING)
     with site(tmp_path) as client:
         if when == "no descriptors":
-            monkeypatch.setattr(blocks, "_Pipe", none_left)
+            monkeypatch.setattr(os, "pipe2", none_left)
         else:
             monkeypatch.setattr(os, "splice", fails)
         assert client.store("file", content) == "226 Transfer complete."
@@ -262,3 +263,15 @@ def test_a_small_download_is_over_in_the_turn_of_its_command(tmp_path: Path) -> 
         assert data.recv(100) == b""
         assert client.reply() == "226 Transfer complete."
     assert turns == ["RETR"]
+
+
+@needs_splice
+def test_a_pipe_that_cannot_be_made_leaves_no_half_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_spare", [])
+    with open(tmp_path / "file", "wb") as file, no_descriptors():
+        splice = Splice.into(file)
+        assert splice is not None
+        with pytest.raises(Unspliceable):
+            splice.receive(0)

@@ -396,6 +396,21 @@ def test_too_many_calls_wait_in_line_and_then_get_451(
         pool.kill()
 
 
+def test_a_call_for_which_no_thread_can_be_started_takes_no_place() -> None:
+    stack_size = monkey.get_original("_thread", "stack_size")
+    pool = Threads(size=1, queue_timeout=0.05)
+    before = stack_size(1 << 47)  # more than there are addresses
+    try:
+        for _ in range(2):
+            with pytest.raises(BlockingIOError):
+                pool.call(len, "")
+        stack_size(before)
+        assert pool.call(len, "abc") == 3
+    finally:
+        stack_size(before)
+        pool.kill()
+
+
 def test_a_file_is_not_closed_under_a_running_write(tmp_path: Path, threads: Threads) -> None:
     gate = NativeGate()
     calls: list[str] = []

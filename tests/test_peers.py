@@ -416,3 +416,19 @@ def test_every_client_gets_its_own_replies_however_often_descriptors_are_used_ag
         for client, mine in waiting[1::2]:
             assert [client.reply() for _ in range(3)][1:] == ["230 Login successful.", mine]
             client.close()
+
+
+def test_a_connection_that_the_kernel_does_not_watch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What libev does when epoll_ctl(2) fails: it stops the watcher, and calls it a last time."""
+    with serving(tmp_path) as server, Client(server) as client:
+        (control,) = server._sessions
+        registration = server.ioloop._registrations[control._fileno]
+        for _ in range(3):
+            registration.watcher.stop()
+            registration._on_ready(server.ioloop.READ)
+            eventually(lambda: not server.ioloop._ready)
+            client.command("NOOP", "200")
+        assert_idle()
+        assert "cannot be watched" in caplog.text
