@@ -173,7 +173,7 @@ class EventsMixin(_Handler):
 
     def ftp_ALLO(self, line: str) -> None:
         """As pyftpdlib; 552 for more than `quota_left`."""
-        size = line.split()[0]
+        size = line.partition(" ")[0]
         if size.isascii() and size.isdigit() and not self._has_room(self.fs.ftp2fs(self.fs.cwd), int(size)):
             return
         super().ftp_ALLO(line)
