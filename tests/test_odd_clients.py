@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gevent.socket
 import pytest
 from support import Client, eventually, handler_class, started, users
 
@@ -101,3 +102,18 @@ def test_a_transfer_of_no_bytes_that_is_ended_gets_426(root: Path, command: str,
             assert client.reply().startswith("426")
             assert client.reply().startswith(reply)
         client.command("NOOP", "200")
+
+
+def test_a_second_port_leaves_other_sessions_alone(root: Path) -> None:
+    with started(handler_class(users(root))) as server, Client(server) as client:
+        with gevent.socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            port = f"PORT 127,0,0,1,{listener.getsockname()[1] // 256},{listener.getsockname()[1] % 256}"
+            client.command(port, "200")
+            listener.accept()[0].close()
+            (control,) = (each.handler for each in server.sessions())
+            eventually(lambda: control.data_channel is None)
+            with Client(server) as other:  # gets the descriptor of the data connection
+                client.command(port, "200")
+                other.command("NOOP", "200")
