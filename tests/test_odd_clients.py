@@ -106,7 +106,8 @@ def test_a_transfer_of_no_bytes_that_is_ended_gets_426(root: Path, command: str,
 
 def test_a_second_port_leaves_other_sessions_alone(root: Path) -> None:
     with started(handler_class(users(root))) as server, Client(server) as client:
-        with gevent.socket.socket() as listener:
+        with gevent.socket.socket() as listener, gevent.socket.socket() as other:
+            other.settimeout(5)
             listener.bind(("127.0.0.1", 0))
             listener.listen()
             port = f"PORT 127,0,0,1,{listener.getsockname()[1] // 256},{listener.getsockname()[1] % 256}"
@@ -114,6 +115,8 @@ def test_a_second_port_leaves_other_sessions_alone(root: Path) -> None:
             listener.accept()[0].close()
             (control,) = (each.handler for each in server.sessions())
             eventually(lambda: control.data_channel is None)
-            with Client(server) as other:  # gets the descriptor of the data connection
-                client.command(port, "200")
-                other.command("NOOP", "200")
+            other.connect(server.address[:2])
+            assert other.recv(100).startswith(b"220")  # has the descriptor of the data connection
+            client.command(port, "200")
+            other.sendall(b"NOOP\r\n")
+            assert other.recv(100).startswith(b"200")
