@@ -19,6 +19,8 @@ What differs from pyftpdlib, and why:
   close(), after which pyftpdlib never replies.
 - **A transfer whose data connection never comes ends with 425**, and its file is closed; so does one that the
   client gives up. pyftpdlib says 421, goes on, and starts the old transfer on the next data connection.
+- **A transfer that has begun has an end**: 426 if the client asks for another data connection meanwhile, or
+  ABORs before the first byte; pyftpdlib closes the file and says nothing.
 - **One transfer at a time; else 503.** pyftpdlib gives the running one another file, and may then send from
   the first one's descriptor: closed, and by now perhaps another user's file (seen).
 
@@ -47,8 +49,8 @@ from bridge.turns import current_session
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _closed, _closing, _last_response, _in_dtp_queue, _out_dtp_queue, _restart_position,
-# _make_epasv, _make_eport, _on_dtp_connection, _on_dtp_close; of DTPHandler: _resp, _closed;
-# of SSLConnectionMixin: _error.
+# _make_epasv, _make_eport, _on_dtp_connection, _on_dtp_close; of DTPHandler: _resp, _closed; of
+# SSLConnectionMixin: _error, _do_ssl_shutdown.
 
 #: Commands that need a data connection.
 TRANSFERS = frozenset({"RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"})
@@ -74,6 +76,8 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
     data_channel: Any
     #: Why the session is about to be ended, once its transfer has.
     farewell = ""
+    #: The server knows that it has ended.
+    _over = False
 
     def __init__(self, conn: Any, server: Any, ioloop: Any = None) -> None:
         self.command: str | None = None
@@ -208,8 +212,20 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
 
     def _give_up_data_connection(self) -> None:
         self._no_data_connection = None
-        if self._in_dtp_queue is not None or self._out_dtp_queue is not None:
+        if self._transfer_runs():
+            self._end_transfer("426 Transfer aborted: the client asks for another data connection.")
+        elif self._in_dtp_queue is not None or self._out_dtp_queue is not None:
             self._drop_queued("425 Can't open data connection: the client gave it up.")
+
+    def _transfer_runs(self) -> bool:
+        channel = self.data_channel
+        return channel is not None and not channel._closed and channel._initialized
+
+    def _end_transfer_without_bytes(self) -> bool:
+        """End a transfer of which no byte has passed: pyftpdlib does not reply then."""
+        if not self._transfer_runs() or self.data_channel.transfer_in_progress():
+            return False
+        return self._end_transfer("426 Transfer aborted.")
 
     def _remove_incomplete(self, file: Any) -> None:
         if self.keep_incomplete_uploads or not self._fresh_upload or self.fs is None:
@@ -331,15 +347,16 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             self._give_up(received[0])
 
     def ftp_ABOR(self, line: str) -> None:
-        """As pyftpdlib; also ends a transfer that waits for its data connection."""
-        if self._drop_queued("426 Transfer aborted via ABOR."):
+        """As pyftpdlib; also ends a transfer that waits for its data connection, or for its first byte."""
+        if self._drop_queued("426 Transfer aborted via ABOR.") or self._end_transfer_without_bytes():
             self.respond("226 ABOR command successful.")
         else:
             super().ftp_ABOR(line)
 
     def flush_account(self) -> None:
-        """As pyftpdlib; also ends a transfer that waits for its data connection."""
-        self._drop_queued("426 Transfer aborted.")
+        """As pyftpdlib; also ends a transfer that waits for its data connection, or for its first byte."""
+        if not self._drop_queued("426 Transfer aborted."):
+            self._end_transfer_without_bytes()
         super().flush_account()
 
     def _make_eport(self, ip: Any, port: int) -> None:
@@ -383,9 +400,9 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
 
     def close(self) -> None:
         """As pyftpdlib; then tells the server, after `on_disconnect`."""
-        if self._closed:
+        if self._over:
             return
-        channel = self.data_channel
+        channel = getattr(self, "data_channel", None)
         closing = channel is not None and channel._closed  # its reply is what ends the session
         if channel is not None:
             channel._error = True  # no TLS shutdown, which nobody would wait for
@@ -400,11 +417,26 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             if received is not None:
                 self._give_up(received[0])
             ended = getattr(self.server, "session_ended", None)
-            if self._closed and ended is not None:
+            if self._closed and not self._over and ended is not None:
+                self._over = True
                 if self.ioloop.closed:
                     ended(self)
                 else:
                     self.ioloop.after_turn(self, ended)  # behind on_disconnect
+
+    # Over TLS, pyftpdlib goes past `close` in these two, straight to FTPHandler's.
+
+    def handle_error(self) -> None:
+        """As pyftpdlib, and all that `close` does."""
+        super().handle_error()
+        if self._closed:
+            self.close()
+
+    def _do_ssl_shutdown(self) -> None:
+        super()._do_ssl_shutdown()
+        if self._closed:
+            self._error = True  # or `close` would try it again
+            self.close()
 
 
 def prepared(handler: Any) -> Any:

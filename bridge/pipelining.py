@@ -7,6 +7,7 @@ next command of what was read is handled; what a command does is not its busines
   KiB of pipelined STATs with a directory listing each, into memory.
 - **Pipelined commands take turns with other sessions.** pyftpdlib handles all it has read at once: 64 KiB of
   NLSTs of 2000 names each stop every session for 11 s (measured).
+- **What follows a failed login waits for its reply**, which comes late. pyftpdlib goes on with what it has.
 - **What follows AUTH TLS in the clear is dropped.** pyftpdlib obeys it, whoever put it there.
 """
 
@@ -65,9 +66,13 @@ class PipeliningMixin(_FTPHandler):
         super().found_terminator()
         if self._quit_pending or getattr(self, "_ssl_accepting", False):
             self.ac_in_buffer = b""
-        if self.producer_fifo or (self.ac_in_buffer and self._slice_is_over()):
+        if self.producer_fifo or (self.ac_in_buffer and (self._is_deaf() or self._slice_is_over())):
             self._held, self.ac_in_buffer = self.ac_in_buffer, b""
             self._watch_for_writing_only()
+
+    def _is_deaf(self) -> bool:
+        """Whether pyftpdlib reads nothing now, as the reply to a failed login comes first."""
+        return self._fileno not in self.ioloop.socket_map
 
     def _slice_is_over(self) -> bool:
         now = time.monotonic()
@@ -100,6 +105,21 @@ class PipeliningMixin(_FTPHandler):
             self.recv = recv  # for one call
             self.handle_read()
         if self.producer_fifo:
+            self._watch_for_writing_only()
+
+    # pyftpdlib watches for reading again when a reply is sent that no command of the input has (a transfer's,
+    # say), and after a failed login.
+
+    def initiate_send(self) -> None:
+        """As pyftpdlib; input that waits is not forgotten."""
+        super().initiate_send()
+        if self._held:
+            self._watch_for_writing_only()
+
+    def add_channel(self, map: Any = None, events: int | None = None) -> None:
+        """As pyftpdlib; input that waits is not forgotten."""
+        super().add_channel(map, events)
+        if self._held:
             self._watch_for_writing_only()
 
     def _watch_for_writing_only(self) -> None:

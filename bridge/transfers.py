@@ -386,6 +386,14 @@ class PassiveMixin(_ReusesAddresses):
 class ActiveMixin(_ReusesAddresses):
     """For an `active_dtp` class."""
 
+    def del_channel(self, map: Any = None) -> None:
+        """As pyftpdlib, which keeps this object when its connection is long closed.
+
+        By then the descriptor may be another session's, which would never be heard again.
+        """
+        if self.ioloop.socket_map.get(self._fileno) is self:
+            super().del_channel(map)
+
     def bind(self, addr: Any) -> None:
         """As asyncore; a port only has to be unused with this client's, so connect() chooses it."""
         if _IP_BIND_ADDRESS_NO_PORT is not None:

@@ -138,7 +138,8 @@ def by_operator(site: Site, client: Client, data: Any) -> None:
 
 
 def by_new_pasv(site: Site, client: Client, data: Any) -> None:
-    client.command("EPSV", "229")
+    client.command("EPSV", "426")
+    assert client.reply().startswith("229")
 
 
 def by_stop(site: Site, client: Client, data: Any) -> None:

@@ -1,0 +1,213 @@
+"""The control connection under a fuzzer that knows FTP's grammar: nothing a client sends does harm.
+
+Hypothesis makes up sessions: commands in every order with valid, odd and hostile arguments, pipelined, cut
+into packets anywhere, with Telnet's control sequences; data connections that come late, early or never and
+end in every way; sessions that end in the middle of a word. They are sent over real sockets to what
+`python -m bridge.ftp` serves with its options. What must hold: every reply has a code that the command may
+have (legal.py), and its text ends; the files are what the replies have said (tree.py); nothing is left of a
+session that has ended; no traceback in the log.
+
+A failure prints the steps as a program, and all that was said. `--hypothesis-seed` repeats a run of --proof.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import gevent
+import grammar
+import hypothesis.strategies as st
+import psutil
+from conftest import Effort
+from driver import Driver
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from served import QUOTA, Served, fill, served, tree_of
+from support import PATIENCE, eventually
+from tree import Tree
+
+_this = psutil.Process()
+
+which = st.integers(0, 2)
+endings = st.sampled_from(["close", "close", "read", "read", "half", "reset"])
+
+
+class Machine(RuleBasedStateMachine):
+    """Up to three sessions with one server."""
+
+    target: Served
+    atomic = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deadline = gevent.Timeout.start_new(PATIENCE)
+        fill(self.target.home)
+        self.before = self.resources()
+        self.logged = len(self.target.log())
+        self.tree = Tree(atomic=self.atomic)
+        self.sessions: dict[int, Driver] = {}
+
+    def resources(self) -> Any:
+        ioloop = self.target.server.ioloop
+        return _this.num_fds(), len(ioloop.socket_map), len(self.target.server.sessions())
+
+    def session(self, number: int) -> Driver:
+        """The one of that number; a new one if it has ended."""
+        session = self.sessions.get(number)
+        if session is None or session.ended:
+            if session is not None:
+                self.forget(session)
+            session = self.sessions[number] = Driver(self.target.address, self.tree)
+            session.log_in()
+            session.say([b"TYPE I"])
+        return session
+
+    def forget(self, session: Driver) -> None:
+        session.close()
+        eventually(lambda: not self.serves(session))
+        upload = session.upload
+        if upload is not None:  # whether all of it has come before the end, only the file can tell
+            path = self.target.home / upload.path[1:]
+            whole = path.is_file() and path.read_bytes() == upload.result()
+            session.transfer_ended(complete=whole)
+
+    def serves(self, session: Driver) -> bool:
+        return any(each.remote_address[1] == session.local_port for each in self.target.server.sessions())
+
+    # --- what happens
+
+    @rule(number=which, line=grammar.lines)
+    def command(self, number: int, line: bytes) -> None:
+        self.session(number).say([line])
+
+    @rule(
+        number=which,
+        lines=st.lists(grammar.lines, min_size=2, max_size=6),
+        cuts=st.lists(st.integers(0, 2000), max_size=4),
+    )
+    def pipelined(self, number: int, lines: list[bytes], cuts: list[int]) -> None:
+        self.session(number).say(lines, cuts)
+
+    @rule(number=which, line=st.sampled_from([b"EPSV", b"PASV", b"EPSV 1"]))
+    def passive(self, number: int, line: bytes) -> None:
+        self.session(number).say([line])
+
+    @rule(number=which, line=st.sampled_from([b"PORT %s", b"EPRT %s"]))
+    def active(self, number: int, line: bytes) -> None:
+        self.session(number).active(line)
+
+    @rule(number=which)
+    def connect(self, number: int) -> None:
+        self.session(number).connect()
+
+    @rule(number=which, content=grammar.contents)
+    def send_data(self, number: int, content: bytes) -> None:
+        self.session(number).send_data(content)
+
+    @rule(number=which, how=endings)
+    def end_data(self, number: int, how: str) -> None:
+        self.session(number).end_data(how)
+
+    @rule(number=which, name=st.sampled_from(grammar.NAMES), content=grammar.contents, how=endings)
+    def upload(self, number: int, name: bytes, content: bytes, how: str) -> None:
+        session = self.session(number)
+        session.say([b"EPSV"])
+        session.connect()
+        session.say([b"STOR " + name])
+        session.send_data(content)
+        session.end_data(how)
+
+    @rule(
+        number=which,
+        line=st.sampled_from([b"RETR a", b"RETR dir/c", b"LIST", b"MLSD dir", b"NLST"]),
+        how=endings,
+    )
+    def download(self, number: int, line: bytes, how: str) -> None:
+        session = self.session(number)
+        session.say([b"EPSV"])
+        session.connect()
+        session.say([line])
+        session.end_data(how)
+
+    @rule(number=which, more=st.sampled_from([b"", b"", b"NOOP\r\nDELE a\r\nBEHIND\r\n"]))
+    def encrypt(self, number: int, more: bytes) -> None:
+        session = self.session(number)
+        if session.encrypt(more):
+            session.say([b"PBSZ 0"])
+
+    @rule(number=which, level=st.sampled_from([b"P", b"P", b"C"]))
+    def protect(self, number: int, level: bytes) -> None:
+        self.session(number).say([b"PROT " + level])
+
+    @rule(number=which)
+    def log_in(self, number: int) -> None:
+        self.session(number).log_in()
+
+    @rule(
+        number=which,
+        how=st.sampled_from(["quit", "close", "reset"]),
+        partial=st.sampled_from([b"", b"STOR a", b"\xff"]),
+    )
+    def hang_up(self, number: int, how: str, partial: bytes) -> None:
+        self.session(number).hang_up(how, partial)
+
+    # --- what must hold
+
+    def teardown(self) -> None:
+        try:
+            if sys.exc_info()[0] is None:  # no step has failed
+                self.check()
+        finally:
+            self.deadline.close()
+            for session in self.sessions.values():
+                session.close()
+            eventually(lambda: not self.target.server.sessions())
+
+    def check(self) -> None:
+        for session in self.sessions.values():
+            if not session.ended:
+                session.hang_up("close")
+            self.forget(session)
+        story = "\n".join(session.story() for session in self.sessions.values())
+        log = self.target.log()[self.logged :]
+        assert "Traceback" not in log, f"{log}\n{story}"
+        eventually(lambda: not self.target.server.sessions())
+        eventually(lambda: self.resources() == self.before)
+        problems = self.tree.differences(tree_of(self.target.home))
+        assert not problems, f"{problems}\n{story}"
+
+
+#: Sequences of up to 30 steps.
+EXAMPLES = {"short": 20, "proof": 400, "long": 300_000}
+
+
+def run(machine: Any, effort: Effort, examples: dict[str, int]) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples[effort],
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=effort == "short",
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def warm_up(target: Served) -> None:
+    """What a process opens once, at the first hash, the first handshake."""
+    session = Driver(target.address, Tree(atomic=True))
+    session.encrypt()
+    session.log_in()
+    session.say([b"HASH a"])
+    session.next_owed("hash")
+    session.hang_up("quit")
+
+
+def test_nothing_a_client_sends_does_harm(tmp_path: Path, effort: Effort) -> None:
+    with served(tmp_path, "--hash", "--atomic-uploads", quota=QUOTA) as target:
+        warm_up(target)
+        run(type("Machine", (Machine,), {"target": target}), effort, EXAMPLES)
