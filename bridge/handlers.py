@@ -3,8 +3,8 @@
 `GeventFTPServer` gives every handler class it serves what is in here (`prepared`), so an existing program
 changes its server class and nothing else. `FTPHandler` and `TLS_FTPHandler` are pyftpdlib's with the same
 built in, to start a new program from. The mix-ins for control connections are here, in pipelining.py, in
-strict.py and in events.py (with what a program can set), those for data connections in transfers.py and
-receiving.py.
+strict.py and in events.py (with what a program can set), those for data connections in dataports.py,
+transfers.py and receiving.py.
 
 What differs from pyftpdlib, and why:
 
@@ -40,11 +40,12 @@ from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
 from pyftpdlib.log import logger
 from pyftpdlib.utils import strerror
 
+from bridge.dataports import ActiveMixin, PassiveMixin
 from bridge.events import Events, EventsMixin
 from bridge.pipelining import PipeliningMixin
 from bridge.receiving import give_up
 from bridge.strict import StrictMixin
-from bridge.transfers import LIMITS, REPLY_CODES, ActiveMixin, PassiveMixin, TransferMixin, transferring
+from bridge.transfers import LIMITS, REPLY_CODES, TransferMixin, transferring
 from bridge.turns import current_session
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).

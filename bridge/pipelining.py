@@ -104,6 +104,8 @@ class PipeliningMixin(_FTPHandler):
 
             self.recv = recv  # for one call
             self.handle_read()
+            if not (self._held or self.producer_fifo):  # also if that was half a command, which has no reply
+                self._watch_for(self.ioloop.READ)
         if self.producer_fifo:
             self._watch_for_writing_only()
 
@@ -123,9 +125,12 @@ class PipeliningMixin(_FTPHandler):
             self._watch_for_writing_only()
 
     def _watch_for_writing_only(self) -> None:
-        if not self._closed and self._wanted_io_events != self.ioloop.WRITE:
-            self._wanted_io_events = self.ioloop.WRITE
-            self.ioloop.modify(self._fileno, self.ioloop.WRITE)
+        self._watch_for(self.ioloop.WRITE)
+
+    def _watch_for(self, events: int) -> None:
+        if not (self._closed or self._is_deaf()) and self._wanted_io_events != events:
+            self._wanted_io_events = events
+            self.ioloop.modify(self._fileno, events)
 
     def handle_timeout(self) -> None:
         """As pyftpdlib; a client that reads no replies is not sent one more."""

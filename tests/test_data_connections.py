@@ -54,7 +54,7 @@ def test_what_follows_an_active_transfer_leaves_other_sessions_alone(tmp_path: P
 
 
 def test_pyftpdlib_keeps_what_has_given_its_socket_away() -> None:
-    """When it does not, `ActiveMixin.handle_connect` and `SessionMixin._on_dtp_connection` may go."""
+    """When it does not, `ActiveMixin.del_channel` may go."""
     names = ("_dtp_acceptor", "_idler", "_in_dtp_queue", "_out_dtp_queue")
     control = type("Control", (), {**dict.fromkeys(names), "_dtp_connector": 1})()
     FTPHandler._on_dtp_connection(control)

@@ -20,10 +20,11 @@ from support import PATIENCE, Client, eventually, handler_class, serving, starte
 
 import bridge
 from bridge import GeventFTPServer, GeventIOLoop
+from bridge.dataports import ActiveMixin, PassiveMixin
 from bridge.handlers import SessionMixin, prepared
 from bridge.monitor import watch_hub
 from bridge.servers import AddressCounts
-from bridge.transfers import ActiveMixin, PassiveMixin, TransferMixin
+from bridge.transfers import TransferMixin
 
 _native_thread = monkey.get_original("_thread", "start_new_thread")
 _native_sleep = monkey.get_original("time", "sleep")
