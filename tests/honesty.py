@@ -131,7 +131,7 @@ class Watch:
         #: The last reading of `queued`, and when.
         self._queued: dict[str, float] = {}
         self._read = 0.0
-        #: What the last look saw: `_entered` at that time, who ran, and the stack.
+        #: What the last look saw: `_entered` at that time, whose turn it was ('' if nobody's), and the stack.
         self._seen: tuple[float, str, list[traceback.FrameSummary]] = (0.0, "", [])
 
     def monitor(self) -> None:
@@ -195,11 +195,11 @@ class Watch:
         if self._queued and not isinstance(origin, gevent.hub.Hub):
             seconds = max(used, now - self._entered - queued_since(self._queued))
         if entered != self._entered:
-            who, stack = repr(origin), []
+            who, stack = "", []
         if not stack or stack[-1].filename.endswith(_DISK):
             seconds = used
         if seconds > LIMIT:
-            self._on_block(Block(seconds, used, who, "".join(traceback.format_list(stack))))
+            self._on_block(Block(seconds, used, who or repr(origin), "".join(traceback.format_list(stack))))
 
     # --- runs in gevent's monitor thread: no gevent
 
@@ -214,5 +214,7 @@ class Watch:
                 traceback.FrameSummary(each.f_code.co_filename, line, each.f_code.co_name, lookup_line=False)
                 for each, line in lines
             ]
-            who = repr(getattr(running, "control", None) or running)
-            self._seen = (entered, who, stack[::-1])
+            # Not the repr of any greenlet: that of a patched thread takes a lock, for which this thread would
+            # get a hub.
+            control = getattr(running, "control", None)
+            self._seen = (entered, repr(control) if control else "", stack[::-1])
