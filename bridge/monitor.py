@@ -105,20 +105,25 @@ def place(frame: FrameType | None) -> str:
 def watch_hub(hub: Any, limit: float | None = None) -> Callable[[], None]:
     """Name what blocks *hub*, which must be this thread's, for longer than *limit* seconds.
 
-    None for gevent's own limit (GEVENT_MAX_BLOCKING_TIME, 0.1). Starts gevent's monitor thread if it
-    does not run yet, and keeps it from printing reports of its own; both are gevent's settings for the
-    whole process. Installs gevent's greenlet tracer in this thread, which costs a call for each switch.
+    None for gevent's own limit (GEVENT_MAX_BLOCKING_TIME, 0.1). Starts gevent's monitor thread for this hub
+    if it does not run yet, and keeps it from printing reports of its own, which like the limit is gevent's
+    setting for the whole process. Installs gevent's greenlet tracer in this thread, which costs a call for
+    each switch.
 
     Returns a function that ends it.
     """
-    gevent.config.monitor_thread = True
     gevent.config.print_blocking_reports = False
     if limit is not None:
         gevent.config.max_blocking_time = limit
-    with warnings.catch_warnings():
-        # that psutil is missing, without which gevent cannot watch the memory (the `monitor` extra)
-        warnings.simplefilter("ignore", RuntimeWarning)
-        thread = hub.start_periodic_monitoring_thread()
+    others = gevent.config.monitor_thread
+    gevent.config.monitor_thread = True  # else nothing starts; left so, every new hub would start one
+    try:
+        with warnings.catch_warnings():
+            # that psutil is missing, without which gevent cannot watch the memory (the `monitor` extra)
+            warnings.simplefilter("ignore", RuntimeWarning)
+            thread = hub.start_periodic_monitoring_thread()
+    finally:
+        gevent.config.monitor_thread = others
     reporter = _Blocked(hub)
     thread.add_monitoring_function(reporter.looked, gevent.config.max_blocking_time)
     gevent.events.subscribers.append(reporter)

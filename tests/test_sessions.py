@@ -427,6 +427,7 @@ def test_what_blocks_the_hub_is_named_once_with_its_line(
             self.respond("211 Done.")
 
     end = watch_hub(gevent.get_hub(), 0.05)
+    assert not gevent.config.monitor_thread, "hubs of other threads would start monitors, which never end"
     thread = gevent.get_hub().periodic_monitoring_thread
     try:
         with started(handler_class(users(tmp_path), Blocking)) as server, Client(server) as client:
