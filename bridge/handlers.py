@@ -21,6 +21,7 @@ What differs from pyftpdlib, and why:
   client gives up. pyftpdlib says 421, goes on, and starts the old transfer on the next data connection.
 - **A transfer that has begun has an end**: 426 if the client asks for another data connection meanwhile, or
   ABORs before the first byte; pyftpdlib closes the file and says nothing.
+- **A file that cannot be looked at is 550**, and its path not taken for one in the home (homes.py).
 - **One transfer at a time; else 503.** pyftpdlib gives the running one another file, and may then send from
   the first one's descriptor: closed, and by now perhaps another user's file (seen).
 
@@ -36,12 +37,14 @@ from typing import Any
 
 import pyftpdlib.handlers
 from pyftpdlib.exceptions import FilesystemError
+from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
 from pyftpdlib.log import logger
 from pyftpdlib.utils import strerror
 
 from bridge.dataports import ActiveMixin, PassiveMixin
 from bridge.events import Events, EventsMixin
+from bridge.homes import HomeFS
 from bridge.pipelining import PipeliningMixin
 from bridge.receiving import give_up
 from bridge.strict import StrictMixin
@@ -456,6 +459,8 @@ def prepared(handler: Any) -> Any:
         base: Any = getattr(handler, name)
         if not issubclass(base, mixin):
             attributes[name] = _derived(base, mixin, {})
+    if getattr(handler, "abstracted_fs", None) is AbstractedFS:
+        attributes["abstracted_fs"] = HomeFS
     first = None if issubclass(handler, SessionMixin) else SessionMixin
     last = None if issubclass(handler, Events) else Events
     return _derived(handler, first, attributes, last) if first or last or attributes else handler
@@ -474,6 +479,7 @@ def _one_line(reason: str) -> str:
 class FTPHandler(SessionMixin, pyftpdlib.handlers.FTPHandler, Events):
     """pyftpdlib's FTPHandler with all of this module."""
 
+    abstracted_fs = HomeFS
     dtp_handler = _derived(pyftpdlib.handlers.DTPHandler, TransferMixin, {})
     passive_dtp = _derived(pyftpdlib.handlers.FTPHandler.passive_dtp, PassiveMixin, {})
     active_dtp = _derived(pyftpdlib.handlers.FTPHandler.active_dtp, ActiveMixin, {})
@@ -484,6 +490,7 @@ if hasattr(pyftpdlib.handlers, "TLS_FTPHandler"):  # pyOpenSSL is installed
     class TLS_FTPHandler(SessionMixin, pyftpdlib.handlers.TLS_FTPHandler, Events):
         """pyftpdlib's TLS_FTPHandler with all of this module."""
 
+        abstracted_fs = HomeFS
         dtp_handler = _derived(pyftpdlib.handlers.TLS_DTPHandler, TransferMixin, {})
         passive_dtp = FTPHandler.passive_dtp
         active_dtp = FTPHandler.active_dtp
