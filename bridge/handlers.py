@@ -382,7 +382,14 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             self._shutdown_connecting_dtp()
 
     def _on_dtp_connection(self) -> None:
-        """As pyftpdlib; the session may end while the client is told that the transfer is over."""
+        """As pyftpdlib; the session may end while the client is told that the transfer is over.
+
+        One that PORT has made may have been reset by now: pyftpdlib would wait for it for ever.
+        """
+        if self.data_channel._closed:
+            self.data_channel = None
+            self.data_connection_failed("it broke off")
+            return
         try:
             super()._on_dtp_connection()
         except AttributeError:  # as in pre_process_command
