@@ -37,11 +37,11 @@ from victims import CONTENT, OLD, SOURCE, Bystander, Client, Victim
 
 from bridge.userfile import Hash
 
-pytestmark = pytest.mark.program
+# What is traced stops at each call until strace has looked at it: that this blocks the hub says nothing.
+pytestmark = [pytest.mark.program, pytest.mark.blocks]
 
 #: Calls in a row that a storm makes fail. The listener's rests add up to 0.3 s.
 STORM = 5
-
 
 #: pyftpdlib does not know that this ends a connection, and logs it as an error of its own.
 TRACED = ("EHOSTUNREACH",)
@@ -98,15 +98,15 @@ FAULTS = [
     Fault("renameat", "EIO ENOSPC EROFS EACCES EXDEV", "files"),
     Fault("unlinkat", "EIO EROFS EACCES EBUSY", "files"),
     Fault("mkdirat", "ENOSPC EIO EROFS EDQUOT", "files"),
-    Fault("newfstatat", "EIO EACCES ENOMEM ESTALE"),
+    Fault("newfstatat", "EIO ENOMEM ESTALE"),
     Fault("newfstatat", "EIO EACCES ENOMEM ESTALE", "files"),
-    Fault("readlink", "EIO EACCES ENOMEM"),
+    Fault("readlink", "EIO ENOMEM ESTALE"),
     Fault("getdents64", "EIO ENOMEM ESTALE"),
     Fault("lseek", "EIO", "transfers", FILE),
     Fault("socket", "EMFILE ENFILE ENOBUFS ENOMEM"),
     Fault("bind", "EADDRINUSE ENOBUFS ENOMEM"),
     Fault("listen", "EADDRINUSE ENOMEM"),
-    Fault("connect", "ECONNREFUSED ETIMEDOUT ENETUNREACH"),
+    Fault("connect", "ECONNREFUSED ETIMEDOUT ENETUNREACH EHOSTUNREACH EADDRNOTAVAIL EINTR EACCES"),
     Fault("setsockopt", "ENOBUFS EINVAL ENOMEM"),
     Fault("getsockopt", "ENOBUFS"),
     Fault("getsockname", "ENOBUFS"),
@@ -114,10 +114,6 @@ FAULTS = [
     Fault("epoll_ctl", "ENOSPC ENOMEM"),
     Fault("epoll_wait", "EINTR"),
 ]
-
-
-#: What later ones do is known, and not yet as promised: an entry missing in a listing, a reply too many.
-FIRST_ONLY = ("getpeername", "lseek", "readlink")
 
 
 class Target:
@@ -334,12 +330,10 @@ def test_a_call_that_fails(
     assert not victim.refused(), victim.steps
     numbers = [number for number, call in enumerate(tracer.calls, 1) if re.search(fault.only, call.text)]
     assert numbers, f"no such call in {len(tracer.calls)}"
-    if fault.path == "log" or fault.call in FIRST_ONLY:  # how many lines are written at once depends on time
+    if fault.path == "log":  # how many lines are written at once depends on time
         del numbers[1:]
     for error in fault.errors.split()[: 1 if effort == "short" else None]:
-        for when in times(
-            numbers, effort, storms=not fault.only and fault.call not in FIRST_ONLY
-        ):  # which would hit others, too
+        for when in times(numbers, effort, storms=not fault.only):  # which would hit others, too
             watchdog.test(f"{server} {fault} {error} {when}")  # which has its time for itself
             fail(target, fault, error, when)
 
