@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import time
 from typing import Any
 
@@ -48,7 +49,7 @@ from bridge.homes import HomeFS
 from bridge.pipelining import PipeliningMixin
 from bridge.receiving import give_up
 from bridge.strict import StrictMixin
-from bridge.transfers import LIMITS, REPLY_CODES, TransferMixin, transferring
+from bridge.transfers import LIMITS, REPLY_CODES, TransferMixin, is_unreachable, transferring
 from bridge.turns import current_session
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
@@ -438,8 +439,11 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
     # Over TLS, pyftpdlib goes past `close` in these two, straight to FTPHandler's.
 
     def handle_error(self) -> None:
-        """As pyftpdlib, and all that `close` does."""
-        super().handle_error()
+        """As pyftpdlib, and all that `close` does; a client that cannot be reached is no error."""
+        if is_unreachable(sys.exc_info()[1]):
+            self.handle_close()
+        else:
+            super().handle_error()
         if self._closed:
             self.close()
 
