@@ -192,11 +192,10 @@ class Victim(Client):
 
     def _send(self, data: socket.socket) -> None:
         with contextlib.suppress(ConnectionError, ssl.SSLError):
-            protected = self.protected(data)
-            protected.sendall(CONTENT)
-            if isinstance(protected, ssl.SSLSocket):
-                protected.unwrap()
-            protected.close()
+            with self.protected(data) as protected:
+                protected.sendall(CONTENT)
+                if isinstance(protected, ssl.SSLSocket):
+                    protected.unwrap()
         data.close()
 
     def _end(self, step: str) -> str:
@@ -216,9 +215,10 @@ class Victim(Client):
 
     def _retrieve(self, name: str, offset: int, how: str) -> None:
         data = self.data(how)
-        if offset and data is not None and self.command(f"REST {offset}") != "350":
-            offset = 0
-        content, code = self._receive(data, f"RETR {name}")
+        with data or contextlib.nullcontext():
+            if offset and data is not None and self.command(f"REST {offset}") != "350":
+                offset = 0
+            content, code = self._receive(data, f"RETR {name}")
         assert SOURCE[offset:].startswith(content), f"{code!r} for {name}, and something else came"
         assert code != "226" or content == SOURCE[offset:], f"226 for {name}, and {len(content)} bytes came"
 
