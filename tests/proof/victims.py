@@ -256,7 +256,7 @@ class Bystander:
     def __init__(self, port: int, home: Path) -> None:
         self._home = home
         # Lines, as TYPE A leaves them alone; it also keeps an upload from having a pipe (bridge.blocks).
-        self._pattern = b"".join(b"%07d\n" % n for n in range(self.SIZE // 8))
+        self._pattern = b"".join(b"%063d\n" % n for n in range(self.SIZE // 64))
         (home / "big").write_bytes(self._pattern)
         self._sent = 0
         self._clients = [self._session(port) for _ in range(3)]
