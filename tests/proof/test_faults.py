@@ -11,6 +11,7 @@ change them. What holds whatever fails:
 - Replies are true: 226 is for what is all there, an upload that was refused has left nothing.
 - Every client hears something; the session goes on, unless the call was one of its own control connection.
 - No descriptor is left, nothing spins, and nothing is logged as a traceback.
+- No path leads out of the home, by a link that cannot be looked at either.
 
 A fault that hits nothing fails the test. With `-s`, or when a test fails: what was injected and what the
 client saw. The short form has one fault for each kind of call.
@@ -126,7 +127,7 @@ class Target:
 
     def __init__(self, server: Command, directory: Path) -> None:
         self.server = server
-        self._directory = directory
+        self.directory = directory
         self.home = directory / "srv" / "ada"
         self._process = psutil.Process(server.pid)
         self._log = open(directory / "log")  # noqa: SIM115 (closed by close)
@@ -162,7 +163,7 @@ class Target:
         return victim
 
     def trace(self, fault: Fault, inject: str = "") -> tuple[Victim, Tracer]:
-        log, path = self._directory / "strace", self._directory / fault.path if fault.path else None
+        log, path = self.directory / "strace", self.directory / fault.path if fault.path else None
         with Tracer(self.server.pid, log, fault.call, inject, path) as tracer:
             victim = self.run(fault.script)
             if fault.path == "log":  # by a thread of its own, at its leisure
@@ -374,6 +375,45 @@ def test_a_call_that_fails(
         for when in times(numbers, effort, storms=not fault.only):  # which would hit others, too
             watchdog.test(f"{server} {fault} {error} {when}")  # which has its time for itself
             fail(target, fault, error, when)
+
+
+#: Of what is behind a link out of the home.
+OUTSIDE = (
+    *("RETR out/secret", "STOR out/new", "STOU out/new", "APPE out/secret", "DELE out/secret", "MKD out/new"),
+    *("RNFR out/secret", "SIZE out/secret", "MDTM out/secret", "MLST out/secret", "STAT out/secret"),
+    *("SITE CHMOD 777 out/secret", "MFMT 20200101000000 out/secret", "XMD5 out/secret"),
+    *("NLST out", "LIST out", "MLSD out", "CWD out", "RMD out"),
+)
+
+
+@pytest.mark.parametrize("call", ["newfstatat", "readlink"])
+@pytest.mark.parametrize("server", OPTIONS)
+def test_no_link_leads_out(targets: dict[str, Target], server: str, call: str, effort: Effort) -> None:
+    """Though the server cannot find out that it is one: all calls about the link itself fail."""
+    target = targets[server]
+    outside, link = target.directory / "outside", target.home / "out"
+    outside.mkdir(exist_ok=True)
+    (outside / "secret").write_bytes(b"secret")
+    link.unlink(missing_ok=True)
+    link.symlink_to(outside)
+    before = (outside / "secret").stat()
+    changes = ("st_mode", "st_size", "st_mtime_ns", "st_ctime_ns")
+    for error in ("EIO", "ESTALE", "ENOMEM", "EACCES")[: 1 if effort == "short" else None]:
+        client = Client(target.server.port)
+        with contextlib.closing(client):
+            assert client.reply() == "220"
+            client.log_in()
+            log = target.directory / "strace"
+            with Tracer(target.server.pid, log, call, f"error={error}", link) as tracer:
+                replies = {command: client.command(command) for command in OUTSIDE}
+        print(f"{call} {error}: {len(tracer.hits)} failed; {', '.join(map(' '.join, replies.items()))}")
+        assert tracer.hits
+        allowed = {command: code for command, code in replies.items() if code[0] not in "45"}
+        assert not allowed, f"{call} {error}: {allowed}"
+        assert os.listdir(outside) == ["secret"]
+        assert all(getattr((outside / "secret").stat(), each) == getattr(before, each) for each in changes)
+        assert "Traceback" not in target.check()
+    link.unlink()
 
 
 def test_no_thread_can_be_started(targets: object, tmp_path: Path, no_thread: str) -> None:
