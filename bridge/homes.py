@@ -33,6 +33,9 @@ ANSWERS = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM},
 )
 
+#: Links in a path that are followed, as Linux does (MAXSYMLINKS).
+LINKS = 40
+
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR})
 
 
@@ -46,25 +49,34 @@ class HomeFS(AbstractedFS):
 
     def realpath(self, path: str) -> str:
         """As AbstractedFS; raises OSError if a part that is there cannot be looked at."""
-        path = os.path.join(os.getcwd(), path)
-        missing = ""
-        while True:
-            path = path.rstrip("/") or "/"
+        left = os.path.join(os.getcwd(), path).split("/")[::-1]
+        found, missing, links = "/", False, 0
+        while left:
+            name = left.pop()
+            if name in ("", "."):
+                continue
+            if name == "..":
+                found, missing = os.path.dirname(found), False
+                continue
+            found = os.path.join(found, name)
+            if missing:
+                continue
             try:
-                return os.path.normpath(os.path.join(os.path.realpath(path, strict=True), missing))
+                mode = os.lstat(found).st_mode
             except OSError as error:
-                if error.errno == errno.ELOOP:  # leads nowhere
-                    return os.path.realpath(path)
                 if error.errno not in _MISSING:
                     raise
-            try:
-                # A link that leads nowhere yet.
-                path = os.path.join(os.path.dirname(path), os.readlink(path))
-            except OSError as error:
-                if error.errno not in _MISSING:
-                    raise
-                path, name = os.path.split(path)
-                missing = os.path.join(name, missing) if missing else name
+                missing = True  # and so is what follows, up to the next ".."
+                continue
+            if not stat.S_ISLNK(mode):
+                continue
+            links += 1
+            if links > LINKS:  # leads nowhere
+                return os.path.realpath(path)
+            target = os.readlink(found)
+            found = "/" if target.startswith("/") else os.path.dirname(found)
+            left += target.split("/")[::-1]
+        return found
 
     def isfile(self, path: str) -> bool:
         """As AbstractedFS."""
