@@ -71,6 +71,8 @@ class Fault:
 
 
 SOCKET = r"^\d+<TCP"
+#: Any record of TLS.
+RECORD = r'^\d+<TCP[^,]*, "\\'
 #: TLS's application data, 16 KiB: a data connection.
 FULL_RECORD = r"^\d+<TCP.*\\27\\3\\3@\\21"
 FILE = r"^\d+</[^>]*/srv/"
@@ -86,7 +88,9 @@ FAULTS = [
     # Over TLS, how many calls there are differs from run to run: so one script reads sockets only, and
     # the other writes to sockets only.
     Fault("read", "ECONNRESET EAGAIN EINTR ETIMEDOUT", "tls-up", SOCKET),
-    Fault("write", "EPIPE ECONNRESET EAGAIN EINTR ETIMEDOUT", "tls-down", SOCKET),
+    Fault("write", "EPIPE ECONNRESET ETIMEDOUT", "tls-down", SOCKET),
+    # (Before TLS's goodbye pyftpdlib writes nothing, to see if the client is there: no kernel says EAGAIN.)
+    Fault("write", "EAGAIN EINTR", "tls-down", RECORD),
     Fault("write", "EPIPE ETIMEDOUT", "tls-down", FULL_RECORD),
     Fault("read", "EIO ESTALE EINTR", "tls-down", path="srv/ada/source"),
     Fault("write", "ENOSPC EIO EDQUOT EFBIG EINTR", only=FILE),
