@@ -1,6 +1,6 @@
 """ConfinedFS: no path leads out of the home, whatever happens between the look and the deed.
 
-A leaf of the package: a mix-in for file systems on a disk, under AtomicFS and the like, for homes whose users
+A mix-in for file systems on a disk, over homes.py and under AtomicFS and the like, for homes whose users
 do not trust each other. Linux only (O_PATH, /proc/self/fd); `available()` tells.
 
 pyftpdlib resolves a path and compares it with the home (validpath), then hands it on as it was: who swaps a
@@ -25,7 +25,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-from pyftpdlib.filesystems import AbstractedFS
+from bridge.homes import HomeFS
 
 #: Links that may follow each other at the end of a path that is opened: as Linux (MAXSYMLINKS).
 LINKS = 40
@@ -39,7 +39,7 @@ def available() -> bool:
     return hasattr(os, "O_PATH") and os.path.exists("/proc/self/fd/0")
 
 
-class ConfinedFS(AbstractedFS):
+class ConfinedFS(HomeFS):
     """A file system whose users stay in their homes. As it is, or under others::
 
         class FS(AtomicFS, ConfinedFS): ...
@@ -91,7 +91,7 @@ class ConfinedFS(AbstractedFS):
                 except OSError as error:
                     if error.errno != errno.ELOOP:
                         raise
-            path = os.path.realpath(path)  # as good as any other path: it is looked at again
+            path = self.realpath(path)  # as good as any other path: it is looked at again
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
 
     # --- pyftpdlib's interface
@@ -169,35 +169,6 @@ class ConfinedFS(AbstractedFS):
         """As AbstractedFS."""
         with self._in(path) as (directory, name):
             return os.readlink(name, dir_fd=directory)
-
-    def isfile(self, path: str) -> bool:
-        """As AbstractedFS; False for what is outside."""
-        return self._is(path, stat.S_ISREG)
-
-    def isdir(self, path: str) -> bool:
-        """As AbstractedFS; False for what is outside."""
-        return self._is(path, stat.S_ISDIR)
-
-    def islink(self, path: str) -> bool:
-        """As AbstractedFS; False for what is outside."""
-        try:
-            return stat.S_ISLNK(self.lstat(path).st_mode)
-        except (OSError, ValueError):
-            return False
-
-    def _is(self, path: str, kind: Any) -> bool:
-        try:
-            return bool(kind(self.stat(path).st_mode))
-        except (OSError, ValueError):
-            return False
-
-    def lexists(self, path: str) -> bool:
-        """As AbstractedFS; False for what is outside."""
-        try:
-            self.lstat(path)
-        except (OSError, ValueError):
-            return False
-        return True
 
     def getsize(self, path: str) -> int:
         """As AbstractedFS."""

@@ -21,6 +21,7 @@ What differs from pyftpdlib, and why:
   client gives up. pyftpdlib says 421, goes on, and starts the old transfer on the next data connection.
 - **A transfer that has begun has an end**: 426 if the client asks for another data connection meanwhile, or
   ABORs before the first byte; pyftpdlib closes the file and says nothing.
+- **A file that cannot be looked at is 550**, and its path not taken for one in the home (homes.py).
 - **One transfer at a time; else 503.** pyftpdlib gives the running one another file, and may then send from
   the first one's descriptor: closed, and by now perhaps another user's file (seen).
 
@@ -31,21 +32,24 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import time
 from typing import Any
 
 import pyftpdlib.handlers
 from pyftpdlib.exceptions import FilesystemError
+from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
 from pyftpdlib.log import logger
 from pyftpdlib.utils import strerror
 
 from bridge.dataports import ActiveMixin, PassiveMixin
 from bridge.events import Events, EventsMixin
+from bridge.homes import HomeFS
 from bridge.pipelining import PipeliningMixin
 from bridge.receiving import give_up
 from bridge.strict import StrictMixin
-from bridge.transfers import LIMITS, REPLY_CODES, TransferMixin, transferring
+from bridge.transfers import LIMITS, REPLY_CODES, TransferMixin, is_unreachable, transferring
 from bridge.turns import current_session
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
@@ -379,7 +383,14 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             self._shutdown_connecting_dtp()
 
     def _on_dtp_connection(self) -> None:
-        """As pyftpdlib; the session may end while the client is told that the transfer is over."""
+        """As pyftpdlib; the session may end while the client is told that the transfer is over.
+
+        One that PORT has made may have been reset by now: pyftpdlib would wait for it for ever.
+        """
+        if self.data_channel._closed:
+            self.data_channel = None
+            self.data_connection_failed("it broke off")
+            return
         try:
             super()._on_dtp_connection()
         except AttributeError:  # as in pre_process_command
@@ -428,8 +439,11 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
     # Over TLS, pyftpdlib goes past `close` in these two, straight to FTPHandler's.
 
     def handle_error(self) -> None:
-        """As pyftpdlib, and all that `close` does."""
-        super().handle_error()
+        """As pyftpdlib, and all that `close` does; a client that cannot be reached is no error."""
+        if is_unreachable(sys.exc_info()[1]):
+            self.handle_close()
+        else:
+            super().handle_error()
         if self._closed:
             self.close()
 
@@ -456,6 +470,8 @@ def prepared(handler: Any) -> Any:
         base: Any = getattr(handler, name)
         if not issubclass(base, mixin):
             attributes[name] = _derived(base, mixin, {})
+    if getattr(handler, "abstracted_fs", None) is AbstractedFS:
+        attributes["abstracted_fs"] = HomeFS
     first = None if issubclass(handler, SessionMixin) else SessionMixin
     last = None if issubclass(handler, Events) else Events
     return _derived(handler, first, attributes, last) if first or last or attributes else handler
@@ -474,6 +490,7 @@ def _one_line(reason: str) -> str:
 class FTPHandler(SessionMixin, pyftpdlib.handlers.FTPHandler, Events):
     """pyftpdlib's FTPHandler with all of this module."""
 
+    abstracted_fs = HomeFS
     dtp_handler = _derived(pyftpdlib.handlers.DTPHandler, TransferMixin, {})
     passive_dtp = _derived(pyftpdlib.handlers.FTPHandler.passive_dtp, PassiveMixin, {})
     active_dtp = _derived(pyftpdlib.handlers.FTPHandler.active_dtp, ActiveMixin, {})
@@ -484,6 +501,7 @@ if hasattr(pyftpdlib.handlers, "TLS_FTPHandler"):  # pyOpenSSL is installed
     class TLS_FTPHandler(SessionMixin, pyftpdlib.handlers.TLS_FTPHandler, Events):
         """pyftpdlib's TLS_FTPHandler with all of this module."""
 
+        abstracted_fs = HomeFS
         dtp_handler = _derived(pyftpdlib.handlers.TLS_DTPHandler, TransferMixin, {})
         passive_dtp = FTPHandler.passive_dtp
         active_dtp = FTPHandler.active_dtp

@@ -57,6 +57,7 @@ class OffloadedFS(AbstractedFS):
     As it is for AbstractedFS; put it first among the bases for any other::
 
         class MyOffloadedFS(OffloadedFS, MyFS): ...
+        class MyOffloadedFS(OffloadedFS, HomeFS): ...  # for NFS: bridge.homes tells why
 
     Class attributes:
 

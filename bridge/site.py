@@ -20,11 +20,11 @@ from typing import Any
 
 from pyftpdlib import servers
 from pyftpdlib.authorizers import DummyAuthorizer
-from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers import FTPHandler
 
 from bridge.handlers import prepared
 from bridge.hashing import HashMixin
+from bridge.homes import HomeFS
 from bridge.ioloop import GeventIOLoop
 from bridge.listeners import systemd_sockets
 from bridge.options import UsageError
@@ -141,8 +141,7 @@ class Site:
         if self.options.atomic_uploads:
             if not self.options.write and not self.options.users:
                 raise UsageError("--atomic-uploads needs --write or --users")
-            below = attributes.get("abstracted_fs", AbstractedFS)
-            attributes["abstracted_fs"] = type("FileSystem", (AtomicFS, below), {})
+            attributes["abstracted_fs"] = type("FileSystem", (AtomicFS, attributes["abstracted_fs"]), {})
         bases = (*self.mixins, base)
         if self.options.concurrency in ("multi-thread", "multi-proc"):  # whose servers add nothing to it
             bases = (StrictMixin, *bases)
@@ -209,6 +208,7 @@ def _authorizer(options: argparse.Namespace, directory: str) -> DummyAuthorizer:
 
 def _attributes(options: argparse.Namespace) -> dict[str, Any]:
     return {
+        "abstracted_fs": HomeFS,
         "masquerade_address": _nat_address(options.nat_address),
         "passive_ports": options.range,
         "timeout": options.timeout,

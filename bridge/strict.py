@@ -17,7 +17,8 @@ A mix-in for control connections, part of `handlers.SessionMixin`; a leaf of the
 - **PROT C closes the port of PASV where data connections need TLS** (`tls_data_required`); pyftpdlib checks
   only that PASV comes after PROT P.
 - **A path that changes while it is looked at is 550.** os.path.realpath() raises FileNotFoundError when a
-  link goes that was there (Python 3.11), and pyftpdlib ends the session, with a traceback.
+  link goes that was there (Python 3.11), and pyftpdlib ends the session, with a traceback. So is one that
+  cannot be looked at (homes.py).
 - **SITE CHMOD sets no set-user-id and no set-group-id bit**: whoever may run the file would be the server's
   user.
 """
@@ -47,6 +48,9 @@ _STRANGER = "425 Rejected data connection from foreign address"
 
 #: What is raised when a path has changed between one look and the next.
 _CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP})
+
+#: What passes, which handlers.py answers with 451.
+_LATER = frozenset({errno.EAGAIN, errno.ETIMEDOUT})
 
 #: A line break that ends no line. (vsftpd writes `?`, too.)
 _BREAK = re.compile(r"\r(?!\n)|(?<!\r)\n")
@@ -99,7 +103,7 @@ class StrictMixin(_FTPHandler):
             super().found_terminator()
 
     def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
-        """As pyftpdlib, without NUL; 550 if the path changes meanwhile."""
+        """As pyftpdlib, without NUL; 550 if the path changes meanwhile, or cannot be looked at."""
         if "\0" in line:
             self.respond("501 A command has no NUL in it.")
             return
@@ -107,7 +111,8 @@ class StrictMixin(_FTPHandler):
         try:
             super().pre_process_command(line, cmd, arg)
         except OSError as error:
-            if error.errno not in _CHANGED or self._last_response or self._closed:
+            of_path = error.errno in _CHANGED or (error.filename is not None and error.errno not in _LATER)
+            if not of_path or self._last_response or self._closed:
                 raise
             self.respond(f"550 {error.strerror}.")
 

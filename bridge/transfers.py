@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import socket
 import sys
+import traceback
 from collections.abc import Callable
 from time import monotonic
 from types import NoneType
@@ -47,6 +49,11 @@ OF_CONNECTIONS = frozenset(
 
 _DISCONNECTED = _ERRNOS_DISCONNECTED | OF_CONNECTIONS
 
+_MOVES = frozenset({AsyncChat.recv.__code__, AsyncChat.send.__code__})
+
+#: Linux: the first byte of struct tcp_info is the connection's state (tcp(7)); this is TCP_ESTABLISHED.
+_ESTABLISHED = b"\x01"
+
 #: A file system that does not answer: what bridge.offload raises after its time limits, and NFS.
 LIMITS = frozenset({errno.EAGAIN, errno.ETIMEDOUT})
 
@@ -68,6 +75,13 @@ def transferring(control: Any) -> bool:
         getattr(control, "_in_dtp_queue", None) is not None
         or getattr(control, "_out_dtp_queue", None) is not None
     )
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether recv() or send() has raised *error*, and it is an end that pyftpdlib does not know as one."""
+    if not isinstance(error, OSError) or error.errno not in OF_CONNECTIONS:
+        return False
+    return any(frame.f_code in _MOVES for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 class TransferMixin(StartingMixin, ReceivingMixin):
@@ -95,7 +109,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
     def handle_error(self) -> None:
         """As pyftpdlib, with 452 and 552; over TLS too there is a reply."""
         error = sys.exc_info()[1]
-        if is_bare_eof(error) and self._initialized:
+        if (is_bare_eof(error) and self._initialized) or is_unreachable(error):
             self.handle_close()
         elif isinstance(error, _FileReadWriteError):
             cause = error.__cause__
@@ -152,6 +166,18 @@ class TransferMixin(StartingMixin, ReceivingMixin):
             self.tot_bytes_sent += sent
             if sent >= size:
                 return
+
+    def readable(self) -> bool:
+        """As pyftpdlib, for which any event before a transfer is the client's end of the connection.
+
+        It may be an error of epoll_ctl(2) (channels.py), or an upload that came before its command.
+        """
+        busy = self.receive or self._initialized or getattr(self, "_ssl_accepting", False)
+        if not (busy or self._closed) and sys.platform == "linux":
+            state: bytes = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            if state == _ESTABLISHED:
+                return False
+        return bool(super().readable())
 
     def enable_receiving(self, type: str, cmd: str) -> None:
         """As pyftpdlib; a file for which each write is a trip gets more at a time."""
@@ -242,7 +268,12 @@ class TransferMixin(StartingMixin, ReceivingMixin):
                 self._in_bursts = True  # others' files may wait, and others' send may count
                 if is_ssl_sock(self.socket):
                     producer.buffer_size = RECORD
-            super().push_with_producer(producer)
+            try:
+                super().push_with_producer(producer)
+            except _FileReadWriteError:
+                raise
+            except OSError as error:  # the file cannot tell where it is
+                raise _FileReadWriteError(error) from error
             if self._closed:
                 self.__dict__.pop("initiate_send", None)  # a cycle
 

@@ -73,7 +73,7 @@ class AtomicFS(AbstractedFS):
         """As AbstractedFS; to write gives an AtomicFile, to write into a file that exists is refused."""
         if mode == "rb" or not any(each in mode for each in "wa+"):
             return super().open(filename, mode)
-        target = os.path.realpath(filename)
+        target = self.realpath(filename)
         old = _writable(target)
         if old is not None and not stat.S_ISREG(old.st_mode):
             return super().open(filename, mode)  # a device, say

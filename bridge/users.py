@@ -24,10 +24,10 @@ from typing import Any
 import gevent
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.exceptions import AuthenticationFailed
-from pyftpdlib.filesystems import AbstractedFS
 
 from bridge.accounts import AccountDataMixin, AccountMixin, Accounts, AccountServerMixin
 from bridge.confined import ConfinedFS, available
+from bridge.homes import HomeFS
 from bridge.options import UsageError
 from bridge.shared import SharedTable
 from bridge.site import Site
@@ -97,8 +97,8 @@ def configure(site: Site) -> None:
     if options.anonymous:
         _add_anonymous(site, authorizer)
     _account(site, authorizer)
-    below = site.attributes.get("abstracted_fs", AbstractedFS)
-    site.attributes["abstracted_fs"] = ConfinedFS if below is AbstractedFS else _over(below)
+    below = site.attributes["abstracted_fs"]
+    site.attributes["abstracted_fs"] = ConfinedFS if below is HomeFS else _over(below)
     if options.atomic_uploads:
         site.before.append(lambda: _remove_leftovers(site.directory, authorizer))
 

@@ -61,6 +61,26 @@ def test_pyftpdlib_keeps_what_has_given_its_socket_away() -> None:
     assert control._dtp_connector == 1
 
 
+def test_a_connection_made_for_port_that_is_reset_at_once(tmp_path: Path) -> None:
+    """Between the 200 and the data channel: 425, where pyftpdlib waits for the transfer for ever."""
+    with gevent.socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        listener.setblocking(False)
+
+        def log_cmd(self: Any, cmd: str, arg: str, respcode: int, respstr: str) -> None:
+            if cmd == "PORT" and respcode == 200:
+                reset(listener.accept()[0])  # which does not let the hub run
+
+        (tmp_path / "small").write_bytes(b"small")
+        with started(handler_class(users(tmp_path), log_cmd=log_cmd)) as server, Client(server) as client:
+            high, low = divmod(listener.getsockname()[1], 256)
+            client.command(f"PORT 127,0,0,1,{high},{low}", "200")
+            client.command("RETR small", "425")
+            client.command("NOOP", "200")
+            assert client.retrieve("small") == b"small"
+
+
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 @pytest.mark.parametrize("first", [True, False], ids=["command first", "connection first"])
 def test_one_reply_to_a_connection_that_was_reset_before_it_was_accepted(

@@ -8,12 +8,14 @@ the transfer is counted, nothing is logged as a bug and no timer is left; a clie
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers import FTPHandler
 from support import Client, eventually, handler_class, started, users
 
@@ -66,3 +68,93 @@ def test_a_connection_that_fails_when_it_is_accepted(tmp_path: Path) -> None:
                 replies.append(client.reply())
             assert replies[-1].startswith("425"), replies
         client.command("NOOP", "200")
+
+
+class Unreachable:
+    """A socket whose network has gone: its `recv` and `send` fail."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def recv(self, _: int) -> bytes:
+        raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+
+    def send(self, _: bytes) -> int:
+        raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.levelno >= logging.ERROR]
+
+
+def test_a_client_that_cannot_be_reached_has_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """pyftpdlib logs a traceback, as for a bug."""
+    with started(handler_class(users(tmp_path))) as server, Client(server) as client:
+        (control,) = server._sessions
+        control.socket = Unreachable(control.socket)
+        client.send("NOOP")
+        assert client.ended()
+    assert not errors(caplog)
+
+
+@pytest.mark.parametrize("command", ["RETR old", "STOR new"])
+def test_a_data_connection_that_cannot_be_reached_has_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, command: str
+) -> None:
+    (tmp_path / "old").write_bytes(b"x" * 1000)
+    handler = handler_class(users(tmp_path), use_sendfile=False)
+    with started(handler) as server, Client(server) as client, client.data() as data:
+        (control,) = server._sessions
+        eventually(lambda: control.data_channel)
+        client.command("TYPE A", "200")  # no pipe
+        control.data_channel.socket = Unreachable(control.data_channel.socket)
+        client.command(command, "125")
+        if command.startswith("STOR"):
+            data.sendall(b"content")
+        assert client.reply().startswith("426")
+        client.command("NOOP", "200")
+    assert not errors(caplog)
+
+
+def test_a_file_that_cannot_tell_where_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """451, and no traceback."""
+
+    class Lost(io.FileIO):
+        def tell(self) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    class FS(AbstractedFS):
+        def open(self, filename: str, mode: str) -> Any:
+            return Lost(filename)
+
+    (tmp_path / "old").write_bytes(b"x" * 1000)
+    with started(handler_class(users(tmp_path), abstracted_fs=FS)) as server, Client(server) as client:
+        client.command("TYPE I", "200")
+        with client.data():
+            client.send("RETR old")
+            assert client.reply()[0] == "1"
+            assert client.reply().startswith("451")
+        client.command("NOOP", "200")
+    assert not [each for each in errors(caplog) if "Traceback" in each]
+    assert "Input/output error" in errors(caplog)[0]
+
+
+def test_an_upload_that_comes_before_its_command(tmp_path: Path) -> None:
+    """pyftpdlib takes it for the client's end of the connection, and waits for another one for ever."""
+    with started(handler_class(users(tmp_path))) as server, Client(server) as client:
+        with client.data() as data:
+            (control,) = server._sessions
+            eventually(lambda: control.data_channel)
+            data.sendall(b"content")
+            eventually(lambda: not control.data_channel or rests(server, control.data_channel))
+            client.command("STOR new", "125")
+        assert client.reply().startswith("226")
+    assert (tmp_path / "new").read_bytes() == b"content"
+
+
+def rests(server: Any, channel: Any) -> bool:
+    """Whether what *channel* was ready for has been looked at."""
+    return server.ioloop._registrations[channel._fileno].resting is not None

@@ -66,6 +66,8 @@ class Tracer:
         )
         assert self._strace.stderr is not None
         line = self._strace.stderr.readline()
+        if " resolved into " in line:  # the path is a link
+            line = self._strace.stderr.readline()
         if " attached" not in line:
             line += self._strace.stderr.read()
             self._end()

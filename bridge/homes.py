@@ -1,0 +1,141 @@
+"""HomeFS: a file system on a disk for which what cannot be looked at is an error, and no answer.
+
+A leaf of the package, under ConfinedFS; what the command and our handlers use if nothing else is said.
+
+Python's os.path takes any error for a "no", and pyftpdlib builds on that. So when a disk fails for a moment
+(EIO), NFS has lost a handle (ESTALE) or root, whom NFS squashes, checks the path of a user (EACCES):
+
+- realpath() takes what it cannot look at for no symbolic link, validpath() for a path inside the home, and
+  RETR, STOR and DELE follow the link out of it.
+- isdir() is False for a directory, so that LIST has the directory's own name, and nothing of what is in it.
+- A listing leaves out what lstat() fails for, and a client that mirrors it deletes that.
+
+Here the client is told, 550, or 451 if the listing is on its way. What is left out of a listing are names
+that have gone meanwhile, links that lead nowhere, and what its user may not look at.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from pyftpdlib.filesystems import AbstractedFS
+
+# --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
+from pyftpdlib.exceptions import _FileReadWriteError  # isort: skip
+
+#: Errors that are an answer: it is not there, or not for this user.
+ANSWERS = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM},
+)
+
+#: Links in a path that are followed, as Linux does (MAXSYMLINKS).
+LINKS = 40
+
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR})
+
+
+class HomeFS(AbstractedFS):
+    """As AbstractedFS, on a disk. Its methods may raise OSError where AbstractedFS's say False.
+
+    Our handlers make a 550 of that. pyftpdlib's would end the session, with a traceback.
+    """
+
+    # --- runs in a worker greenlet, or behind OffloadedFS in a thread. pyftpdlib's interface
+
+    def realpath(self, path: str) -> str:
+        """As AbstractedFS; raises OSError if a part that is there cannot be looked at."""
+        left = os.path.join(os.getcwd(), path).split("/")[::-1]
+        found, missing, links = "/", False, 0
+        while left:
+            name = left.pop()
+            if name in ("", "."):
+                continue
+            if name == "..":
+                found, missing = os.path.dirname(found), False
+                continue
+            found = os.path.join(found, name)
+            if missing:
+                continue
+            try:
+                mode = os.lstat(found).st_mode
+            except OSError as error:
+                if error.errno not in _MISSING:
+                    raise
+                missing = True  # and so is what follows, up to the next ".."
+                continue
+            if not stat.S_ISLNK(mode):
+                continue
+            links += 1
+            if links > LINKS:  # leads nowhere
+                return os.path.realpath(path)
+            target = os.readlink(found)
+            found = "/" if target.startswith("/") else os.path.dirname(found)
+            left += target.split("/")[::-1]
+        return found
+
+    def isfile(self, path: str) -> bool:
+        """As AbstractedFS."""
+        return self._is(path, stat.S_ISREG)
+
+    def isdir(self, path: str) -> bool:
+        """As AbstractedFS."""
+        return self._is(path, stat.S_ISDIR)
+
+    def islink(self, path: str) -> bool:
+        """As AbstractedFS."""
+        found = _found(self.lstat, path)
+        return found is not None and stat.S_ISLNK(found.st_mode)
+
+    def lexists(self, path: str) -> bool:
+        """As AbstractedFS."""
+        return _found(self.lstat, path) is not None
+
+    def _is(self, path: str, kind: Any) -> bool:
+        found = _found(self.stat, path)
+        return found is not None and bool(kind(found.st_mode))
+
+    def format_list(self, basedir: str, listing: Any, ignore_err: bool = True) -> Iterator[bytes]:
+        """As AbstractedFS; *ignore_err* is for errors that are an answer."""
+        lines = super().format_list(basedir, listing, ignore_err and _Ignoring())
+        return _told(lines) if ignore_err else lines
+
+    def format_mlsx(
+        self, basedir: str, listing: Any, perms: str, facts: Any, ignore_err: bool = True
+    ) -> Iterator[bytes]:
+        """As AbstractedFS; *ignore_err* is for errors that are an answer."""
+        lines = super().format_mlsx(basedir, listing, perms, facts, ignore_err and _Ignoring())
+        return _told(lines) if ignore_err else lines
+
+
+def _found(look: Any, path: str) -> os.stat_result | None:
+    """What *look* says of *path*, None if nothing is there."""
+    try:
+        found: os.stat_result = look(path)
+    except ValueError:  # a NUL
+        return None
+    except OSError as error:
+        if error.errno not in ANSWERS:
+            raise
+        return None
+    return found
+
+
+class _Ignoring:
+    """A flag that pyftpdlib looks at in an `except` clause: whether the error there can be ignored."""
+
+    def __bool__(self) -> bool:
+        error = sys.exc_info()[1]
+        return not isinstance(error, OSError) or error.errno in ANSWERS
+
+
+def _told(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """*lines*, whose errors pyftpdlib tells the client."""
+    try:
+        yield from lines
+    except OSError as error:
+        raise _FileReadWriteError(error) from error
