@@ -99,7 +99,7 @@ class Thread:
     records: Records
     random: random.Random
     #: Connections nobody looks at any more, until the process ends.
-    forgotten: list[Any]
+    forgotten: contextlib.ExitStack
 
     def __post_init__(self) -> None:
         self.number = 0
@@ -323,11 +323,9 @@ class Thread:
         """Nothing is read and nothing is said, until the process ends."""
 
         def by_silence(ftp: ftplib.FTP, connection: Any) -> None:
-            self.forgotten.append(connection.dup())
+            self.forgotten.enter_context(connection.dup())
 
-        session = self.session(tls=False)  # (an SSLSocket has no dup)
-        ftp = session.__enter__()
-        self.forgotten.append(session)
+        ftp = self.forgotten.enter_context(self.session(tls=False))  # (an SSLSocket has no dup)
         self.random.choice([self.cut_upload, self.cut_download])(by_silence, ftp)
 
     def say_nothing(self) -> None:
@@ -376,7 +374,7 @@ KINDS: dict[Callable[[Thread], None], int] = {
 def main() -> None:
     told = json.loads(sys.argv[1])
     records = Records(told["records"])
-    forgotten: list[Any] = []
+    forgotten = contextlib.ExitStack()
     threads = []
     for number in range(told["threads"]):
         thread = Thread(
