@@ -40,6 +40,8 @@ WEIGHTS = (2, 2, 4, 4, 4, 2, 1)
 #: Bytes of a file that is surely not yet sent when its transfer is ended: sockets' buffers take up to 10 MB.
 LARGE = 16 << 20
 
+USERS = ("ada", "bob")
+
 #: What ends when the server's process dies, or sends 421 because it stops.
 LOST = (OSError, EOFError, ftplib.error_temp)
 
@@ -137,7 +139,7 @@ class Thread:
         ftp: FTP = FTPS(timeout=PATIENCE, context=insecure()) if tls else FTP(timeout=PATIENCE)
         with contextlib.closing(ftp):
             ftp.connect("127.0.0.1", self.port)
-            ftp.login("ada", "p")
+            ftp.login(self.random.choice(USERS), "p")
             self.records.write(login=True)
             if isinstance(ftp, FTPS):
                 ftp.prot_p()
@@ -284,7 +286,7 @@ class Thread:
         with contextlib.closing(ftplib.FTP(timeout=PATIENCE, source_address=(address, 0))) as ftp:
             ftp.connect("127.0.0.1", self.port)
             try:
-                ftp.login(self.random.choice(["ada", "nobody"]), "wrong")
+                ftp.login(self.random.choice([*USERS, "nobody"]), "wrong")
             except ftplib.error_perm as error:
                 self.expect(str(error).startswith("530"), error)
             else:

@@ -97,8 +97,8 @@ class Records:
         return sum(each.completed for each in self.of(way))
 
     def unknown(self, way: str) -> int:
-        """How many more the server may have completed: the client never heard, or did not read to the end."""
-        return sum(not each.completed for each in self.of(way))
+        """How many more the server may have completed: the client never heard."""
+        return sum(not each.reply for each in self.of(way))
 
     # --- what is wrong
 
@@ -168,3 +168,14 @@ class Records:
             if not (whole or each.may_be_short):
                 wrong.append(f"{line}: {each}")
         return wrong
+
+    def not_logged(self, logged: list[str], home: Path) -> list[str]:
+        """Uploads that clients saw completed, and that are not once among those that are *logged* so."""
+        uploads = [str(home / each.path) for each in self.of("upload") if each.completed]
+        return [path for path in uploads if logged.count(path) != 1]
+
+
+def logged_uploads(lines: list[str], directory: Path) -> list[str]:
+    """The paths in *directory* that lines of xferlog call completely uploaded."""
+    uploads = [fields[8] for fields in map(str.split, lines) if (fields[11], fields[17]) == ("i", "c")]
+    return [path for path in uploads if path.startswith(f"{directory}/")]

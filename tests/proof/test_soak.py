@@ -12,7 +12,7 @@ are killed. Then all clients have gone, the server is at rest, and this must hol
 - one that was not answered so is not there; if the reply may have been lost, all of it is there or nothing;
   only a client without TLS that was killed may have left the beginning of a file (README, "Cut uploads");
 - no session was refused, cut or answered otherwise than it had to be, except by the death of its worker;
-- /metrics counts the transfers that the clients have counted;
+- /metrics counts the transfers that the clients have counted, and xferlog has a line for each;
 - no process has more descriptors than at the start, and the log has no traceback.
 
 In the first half of the rounds no worker is replaced: what these take at rest may not grow, see SLOPE.
@@ -41,7 +41,7 @@ import psutil
 import pytest
 from cli import Command, environment
 from conftest import Effort
-from soak_records import Records
+from soak_records import Records, logged_uploads
 from soak_site import make_site
 
 from bridge.uploads import is_hidden
@@ -55,8 +55,8 @@ PROCESSES, THREADS, SESSIONS = 3, 4, 8
 ROUNDS = 6
 MINUTES = {"proof": 10.0, "long": 120.0}
 
-#: kB that a worker may grow: what there is once, and what there may be of each session. It takes 500 sessions of
-#: all kinds until malloc's pieces and free lists are as many as they get. Without a leak MEASURED.
+#: kB that a worker may grow: what there is once, and what there may be of each session. It takes 500 sessions
+#: of all kinds until malloc's pieces and free lists are as many as they get. Without a leak MEASURED.
 ONCE, EACH = 600.0, 0.75
 
 #: kB that the master may grow in the whole run; it has no sessions, and forks a worker for each that is
@@ -67,12 +67,17 @@ MASTER = 2000.0
 PATIENCE = 90.0
 
 
-def eventually(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
+def eventually(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not in {PATIENCE} s"
+        assert time.monotonic() < deadline, f"{what}: not in {seconds} s"
         time.sleep(0.02)
     return value
+
+
+def none(wrong: list[str]) -> None:
+    """There must be nothing; all that is goes into the failure."""
+    assert not wrong, "\n".join(wrong)
 
 
 def growth(points: list[tuple[float, float]]) -> tuple[float, float]:
@@ -239,18 +244,27 @@ class Soak:
             f"round {number} of seed {self.seed}: {records.sessions} sessions, {len(records.lost)} lost, "
             f"{took:.1f} s"
         )
-        assert not records.problems, "\n".join(records.problems)
-        assert deaths or not records.lost, "\n".join(records.lost)
+        none(records.problems)
+        none([] if deaths else records.lost)
         directory = self.home / str(number)
-        assert not records.wrong_files(self.home, directory)
-        assert not records.wrong_downloads()
+        none(records.wrong_files(self.home, directory))
+        none(records.wrong_downloads())
         hidden = [path for path in directory.rglob("*") if is_hidden(path.name)]
         assert deaths or not hidden, "left by uploads that failed"
+        counted = {}
         for way in ("upload", "download"):
             name = f'bridge_transfers_total{{direction="{way}",outcome="completed"}}'
-            counted = told[name] - self.before[name]
+            counted[way] = told[name] - self.before[name]
             least = records.completed(way) - deaths * PROCESSES * THREADS  # 226, and dead before it counts
-            assert least <= counted <= records.completed(way) + records.unknown(way), (way, counted)
+            most = records.completed(way) + records.unknown(way)
+            assert least <= counted[way] <= most, (way, least, counted, most)
+        if not deaths:  # or lines that were not yet written are lost
+
+            def uploads() -> list[str]:
+                return logged_uploads(self.xferlog(), directory)
+
+            eventually(lambda: len(uploads()) == counted["upload"], "a line for each upload that was counted")
+            none(records.not_logged(uploads(), self.home))
         self.check_logs(records)
         for path in directory.rglob("*"):
             if path.is_file() and not is_hidden(path.name):
@@ -269,15 +283,22 @@ class Soak:
 
     def check_descriptors(self, process: psutil.Process, most: int) -> None:
         """In the end: a connection that has asked for /metrics is not closed at once."""
-        files = f"/proc/{process.pid}/fd"
-        eventually(lambda: len(os.listdir(files)) <= most, f"no more than {most} descriptors in {files}")
+        files = Path(f"/proc/{process.pid}/fd")
+        try:
+            eventually(lambda: len(os.listdir(files)) <= most, "descriptors as before", 20.0)
+        except AssertionError:
+            left = [os.readlink(file) for file in files.iterdir() if os.path.lexists(file)]
+            raise AssertionError(f"more than {most} descriptors: {left}") from None
+
+    def xferlog(self) -> list[str]:
+        files = self.directory.glob("xferlog*")
+        return [line for path in files for line in path.read_text().splitlines()]
 
     def check_logs(self, records: Records) -> None:
         """Of the log that was in use until the round's rotation, and of this one."""
         for path in self.directory.glob("log*"):
             assert "Traceback" not in path.read_text(), path
-        lines = [line for path in self.directory.glob("xferlog*") for line in path.read_text().splitlines()]
-        assert not records.wrong_lines(lines, self.home)
+        none(records.wrong_lines(self.xferlog(), self.home))
         for name in ("log", "xferlog"):  # nobody writes to them any more
             (self.directory / f"{name}.{self.rotations - 1}").unlink(missing_ok=True)
 
