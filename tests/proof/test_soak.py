@@ -1,6 +1,6 @@
 """Soak: an operator's server with two workers, mixed clients, and everybody is killed at times.
 
-    pytest tests/proof/test_soak.py              # 8 rounds, 45 s to 80 s on a busy machine
+    pytest tests/proof/test_soak.py              # 6 rounds, 45 s; 60 s on a busy machine
     pytest tests/proof/test_soak.py --proof      # 10 minutes
     pytest tests/proof/test_soak.py --long       # 2 hours; BRIDGE_SOAK_MINUTES=N for other times
 
@@ -15,7 +15,7 @@ are killed. Then all clients have gone, the server is at rest, and this must hol
 - /metrics counts the transfers that the clients have counted, and xferlog has a line for each;
 - no process has more descriptors than at the start, and the log has no traceback.
 
-In the first half of the rounds no worker is replaced: what these take at rest may not grow, see SLOPE.
+In the first half of the rounds no worker is replaced: what these take at rest may not grow, see EACH.
 At the end the server stops and starts again, and nothing is left of the uploads that its crashes cut.
 """
 
@@ -46,7 +46,9 @@ from soak_site import make_site
 
 from bridge.uploads import is_hidden
 
-pytestmark = pytest.mark.program
+# (`blocks`: workers wait for each other to change a limit's count, and on a busy machine the one that has the
+# lock may not run for 0.1 s.)
+pytestmark = [pytest.mark.program, pytest.mark.blocks]
 
 #: Client processes of a round, threads of each, sessions of each thread: 5 s on an idle machine.
 PROCESSES, THREADS, SESSIONS = 3, 4, 8
@@ -55,13 +57,13 @@ PROCESSES, THREADS, SESSIONS = 3, 4, 8
 ROUNDS = 6
 MINUTES = {"proof": 10.0, "long": 120.0}
 
-#: kB that a worker may grow: what there is once, and what there may be of each session. It takes 500 sessions
-#: of all kinds until malloc's pieces and free lists are as many as they get. Without a leak MEASURED.
+#: kB that a worker may grow in the steady rounds but their first third: what there is once, and what there may
+#: be of each session. Without a leak 490 and 1070 in 1100 and 1200 sessions (measured), which is malloc's: it is
+#: 0 when free memory has been given back (test_soak_memory.py). In the short form there are too few sessions.
 ONCE, EACH = 600.0, 0.75
 
-#: kB that the master may grow in the whole run; it has no sessions, and forks a worker for each that is
-#: replaced.
-MASTER = 2000.0
+#: kB that the master may grow in the whole run, in which it forks up to 700 workers. 24 after 60 (measured).
+MASTER = 1000.0
 
 #: Seconds for anything one waits for here, on a machine that does much else.
 PATIENCE = 90.0
@@ -347,7 +349,8 @@ def test_soak(tmp_path: Path, effort: Effort, begin_round: Callable[[int], None]
         f"{soak.sessions} sessions, {soak.transfers} transfers of {soak.volume / 1e9:.2f} GB completed, "
         f"{soak.kills} clients and {soak.deaths} workers killed, "
         f"{soak.reloads} SIGHUP, {soak.rotations} SIGUSR1, {len(left)} uploads cut by crashes; "
-        f"sessions of workers, and kB they grew: {growths}, master {soak.master_grown:+.0f} kB"
+        f"{' and '.join(f'{grown:.0f} kB in {sessions:.0f} sessions' for sessions, grown in growths)} of a "
+        f"worker, master {soak.master_grown:+.0f} kB"
     )
     assert len(steady) == 2
     # (A leak is in both.)
