@@ -57,9 +57,9 @@ PROCESSES, THREADS, SESSIONS = 3, 4, 8
 ROUNDS = 6
 MINUTES = {"proof": 10.0, "long": 120.0}
 
-#: kB that a worker may grow in the steady rounds but their first third: what there is once, and what there may
-#: be of each session. Without a leak 490 and 1070 in 1100 and 1200 sessions (measured), which is malloc's: it is
-#: 0 when free memory has been given back (test_soak_memory.py). In the short form there are too few sessions.
+#: kB that a worker may grow in the steady rounds but their first third: what there is once, and what there
+#: may be of each session. Without a leak 490 and 1070 in 1100 and 1200 sessions (measured), which is malloc's:
+#: nothing is left when it has given back what is free (test_soak_memory.py). The short form has too few sessions.
 ONCE, EACH = 600.0, 0.75
 
 #: kB that the master may grow in the whole run, in which it forks up to 700 workers. 24 after 60 (measured).
