@@ -59,7 +59,8 @@ MINUTES = {"proof": 10.0, "long": 120.0}
 
 #: kB that a worker may grow in the steady rounds but their first third: what there is once, and what there
 #: may be of each session. Without a leak 490 and 1070 in 1100 and 1200 sessions (measured), which is malloc's:
-#: nothing is left when it has given back what is free (test_soak_memory.py). The short form has too few sessions.
+#: when it has given back what is free, nothing is left (test_soak_memory.py). In the short form there are too
+#: few sessions.
 ONCE, EACH = 600.0, 0.75
 
 #: kB that the master may grow in the whole run, in which it forks up to 700 workers. 24 after 60 (measured).
@@ -293,8 +294,9 @@ class Soak:
             raise AssertionError(f"more than {most} descriptors: {left}") from None
 
     def xferlog(self) -> list[str]:
-        files = self.directory.glob("xferlog*")
-        return [line for path in files for line in path.read_text().splitlines()]
+        """Its lines; the last one may be about to be written."""
+        texts = [path.read_text().rpartition("\n")[0] for path in self.directory.glob("xferlog*")]
+        return [line for text in texts for line in text.splitlines()]
 
     def check_logs(self, records: Records) -> None:
         """Of the log that was in use until the round's rotation, and of this one."""
