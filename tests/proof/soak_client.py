@@ -64,6 +64,9 @@ class Records:
     def write(self, **record: Any) -> None:
         os.write(self._fd, json.dumps(record).encode() + b"\n")
 
+    def close(self) -> None:
+        os.close(self._fd)
+
 
 class FTP(ftplib.FTP):
     """Knows the text of the last reply; ftplib keeps the code only."""

@@ -58,8 +58,8 @@ ROUNDS = 6
 MINUTES = {"proof": 10.0, "long": 120.0}
 
 #: kB that a worker may grow in the steady rounds but their first third: what there is once, and what there
-#: may be of each session. Without a leak 490 and 1070 in 1100 and 1200 sessions (measured), which is malloc's:
-#: when it has given back what is free, nothing is left (test_soak_memory.py). In the short form there are too
+#: may be of each session. Without a leak 490 and 1070 in 1100 and 1200 sessions (measured): malloc's, for
+#: nothing is left when it has given back what is free (test_soak_memory.py). In the short form there are too
 #: few sessions.
 ONCE, EACH = 600.0, 0.75
 
@@ -172,10 +172,11 @@ class Soak:
         workers = eventually(self.server.children, "a worker")
         self.random.choice(workers).kill()
 
-    def status(self) -> dict[str, Any]:
+    def slots_of(self, worker: psutil.Process) -> list[int]:
+        """Its slot; nothing if it was too slow to tell the one that was asked."""
         with urllib.request.urlopen(f"{self.url}status.json", timeout=PATIENCE) as answer:
-            status: dict[str, Any] = json.load(answer)
-            return status
+            workers = json.load(answer)["workers"]
+        return [each["slot"] for each in workers if each["pid"] == worker.pid]
 
     # --- a round
 
@@ -280,8 +281,8 @@ class Soak:
 
     def look(self, worker: psutil.Process, told: dict[str, float]) -> None:
         self.check_descriptors(worker, self.descriptors)
-        slot = next(each["slot"] for each in self.status()["workers"] if each["pid"] == worker.pid)
-        connections = told[f'bridge_worker_connections_total{{worker="{slot}"}}']
+        slots = eventually(lambda: self.slots_of(worker), f"{worker} in /status.json")
+        connections = told[f'bridge_worker_connections_total{{worker="{slots[0]}"}}']
         self.memory.setdefault(worker.pid, []).append((connections, anonymous(worker)))
 
     def check_descriptors(self, process: psutil.Process, most: int) -> None:

@@ -79,9 +79,8 @@ class Scales:
 class Clients:
     """Threads with sessions; what goes wrong in one of them is raised."""
 
-    def __init__(self, directory: Path, port: int, seed: str) -> None:
+    def __init__(self, directory: Path, port: int, seed: str, records: Records) -> None:
         self._forgotten = contextlib.ExitStack()
-        records = Records(str(directory / "records"))
         self._threads = []
         for number in range(THREADS):
             (directory / f"srv/{number}").mkdir()
@@ -118,8 +117,11 @@ def test_a_session_leaves_nothing_in_memory(
     pytest.importorskip("OpenSSL")
     options = make_site(tmp_path)
     program = (str(Path(__file__).with_name("weighing.py")),)
-    with Command(*options, directory=tmp_path, program=program) as server:
-        clients = Clients(tmp_path, server.port, seed=kinds[0].__name__)
+    with (
+        Command(*options, directory=tmp_path, program=program) as server,
+        contextlib.closing(Records(str(tmp_path / "records"))) as records,
+    ):
+        clients = Clients(tmp_path, server.port, kinds[0].__name__, records)
         scales = Scales(server)
         weights = []
         for number in range(WARM_UP + ROUNDS):
