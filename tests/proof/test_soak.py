@@ -249,7 +249,8 @@ class Soak:
             f"{took:.1f} s"
         )
         none(records.problems)
-        none([] if deaths else records.lost)
+        if records.lost and not deaths:
+            none([*records.lost, *self.told_of_workers()])
         directory = self.home / str(number)
         none(records.wrong_files(self.home, directory))
         none(records.wrong_downloads())
@@ -298,6 +299,11 @@ class Soak:
         """Its lines; the last one may be about to be written."""
         texts = [path.read_text().rpartition("\n")[0] for path in self.directory.glob("xferlog*")]
         return [line for text in texts for line in text.splitlines()]
+
+    def told_of_workers(self) -> list[str]:
+        """What the log says of workers: who of them came, retired or died, and when."""
+        texts = [path.read_text() for path in sorted(self.directory.glob("log*"), reverse=True)]
+        return [line for text in texts for line in text.splitlines() if "] worker " in line]
 
     def check_logs(self, records: Records) -> None:
         """Of the log that was in use until the round's rotation, and of this one."""

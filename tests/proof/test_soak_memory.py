@@ -44,7 +44,7 @@ SESSIONS = {"short": 16, "proof": 30, "long": 300}
 WARM_UP, ROUNDS = 2, 3
 
 #: Objects that a session may leave: of what is kept for each there is 1 at least. Without a leak the best
-#: round has 0.0 to 0.3 (measured): free lists that fill up, threads that are used for the first time.
+#: round has 0.0 to 0.4 (measured): free lists that fill up, threads that are used for the first time.
 OBJECTS = 0.8
 
 #: kB that a session may leave. Pieces between what malloc cannot give back make that -0.6 to 0.2 in the best
