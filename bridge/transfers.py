@@ -223,8 +223,19 @@ class TransferMixin(StartingMixin, ReceivingMixin):
             if self.tot_bytes_received - before < RECORD or monotonic() > until:
                 return
 
+    def handle_ssl_established(self) -> None:
+        """As pyftpdlib; then sends what had to wait."""
+        super().handle_ssl_established()
+        if self.producer_fifo and not self._closed:
+            self.initiate_send()
+
     def initiate_send(self) -> None:
-        """As pyftpdlib, with several TLS records or pieces of a listing at a time."""
+        """As pyftpdlib, with several TLS records or pieces of a listing at a time, behind TLS's handshake.
+
+        (The first write can do the handshake too, and pyftpdlib would not know: 426 twice for an ABOR then.)
+        """
+        if getattr(self, "_ssl_accepting", False):
+            return
         before, until = self.tot_bytes_sent, monotonic() + BURST
         super().initiate_send()
         while self._in_bursts and self.producer_fifo and not self._closed:

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("OpenSSL")
 
+from fakes import Gate, WaitingFS
 from ftps_clients import Authority
 from pyftpdlib.handlers import TLS_FTPHandler
 from support import PATIENCE, Client, assert_idle, encrypted, eventually, handler_class, reset, started, users
@@ -162,6 +163,45 @@ def test_an_aborted_transfer_does_not_end_the_session_to_be_resumed(tmp_path: Pa
                     control.abort_transfer("enough")
                     assert client.reply().startswith("426 enough")
             gc.collect()
+
+
+def test_nothing_is_sent_before_the_end_of_the_handshake_is_known(tmp_path: Path) -> None:
+    """Its last record comes while the file is opened, and ABOR behind that: there is one 426."""
+    (tmp_path / "slow").write_bytes(bytes(1 << 24))
+    gate = Gate()
+    file_system = type("FS", (WaitingFS,), {"gate": gate})
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with (
+        ftps(tmp_path, implicit=False, abstracted_fs=file_system) as server,
+        Client(server, login=False) as client,
+    ):
+        client.reply()
+        client.command("AUTH TLS", "234")
+        client.file.close()
+        client.sock = encrypted(client.sock)
+        client.file = client.sock.makefile("rb")
+        for line in ("USER u", "PASS p", "PBSZ 0", "PROT P"):
+            client.command(line, "")
+        with client.data() as data:
+            received, to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = context.wrap_bio(received, to_send)
+            with pytest.raises(ssl.SSLWantReadError):
+                tls.do_handshake()
+            data.sendall(to_send.read())
+            while not to_send.pending:
+                received.write(data.recv(1 << 16))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.do_handshake()
+            client.sock.sendall(b"RETR slow\r\nABOR\r\n")
+            gate.arrived()
+            data.sendall(to_send.read())
+            gate.open()
+            assert client.reply().startswith("125 ")
+            assert client.reply().startswith("426 ")
+            assert client.reply().startswith("226 ABOR")
+            client.command("NOOP", "200")
 
 
 def test_nonsense_after_the_handshake_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -40,6 +40,8 @@ WEIGHTS = (2, 2, 4, 4, 4, 2, 1)
 #: Bytes of a file that is surely not yet sent when its transfer is ended: sockets' buffers take up to 10 MB.
 LARGE = 16 << 20
 
+USERS = ("ada", "bob")
+
 #: What ends when the server's process dies, or sends 421 because it stops.
 LOST = (OSError, EOFError, ftplib.error_temp)
 
@@ -62,8 +64,21 @@ class Records:
     def write(self, **record: Any) -> None:
         os.write(self._fd, json.dumps(record).encode() + b"\n")
 
+    def close(self) -> None:
+        os.close(self._fd)
 
-class FTPS(ftplib.FTP_TLS):
+
+class FTP(ftplib.FTP):
+    """Knows the text of the last reply; ftplib keeps the code only."""
+
+    reply = ""
+
+    def getmultiline(self) -> str:
+        self.reply = super().getmultiline()
+        return self.reply
+
+
+class FTPS(FTP, ftplib.FTP_TLS):
     """Data connections resume the control connection's TLS session."""
 
     def ntransfercmd(self, cmd: str, rest: int | str | None = None) -> tuple[Any, int | None]:
@@ -99,11 +114,12 @@ class Thread:
     records: Records
     random: random.Random
     #: Connections nobody looks at any more, until the process ends.
-    forgotten: list[Any]
+    forgotten: contextlib.ExitStack
 
     def __post_init__(self) -> None:
         self.number = 0
-        self.files: dict[str, int] = {}  # names and sizes of what was stored and answered
+        #: What was stored and answered: by its name now, what it was called when it was stored, and its size.
+        self.files: dict[str, tuple[str, int]] = {}
 
     def run(self) -> None:
         for _ in range(self.sessions):
@@ -123,22 +139,21 @@ class Thread:
         """Logged in, plain or (None: either) FTPS; `quit` or not, it is closed in the end."""
         if tls is None:
             tls = self.random.random() < 0.4
-        ftp: ftplib.FTP = FTPS(timeout=PATIENCE, context=insecure()) if tls else ftplib.FTP(timeout=PATIENCE)
+        ftp: FTP = FTPS(timeout=PATIENCE, context=insecure()) if tls else FTP(timeout=PATIENCE)
         with contextlib.closing(ftp):
             ftp.connect("127.0.0.1", self.port)
-            ftp.login("ada", "p")
+            ftp.login(self.random.choice(USERS), "p")
             self.records.write(login=True)
             if isinstance(ftp, FTPS):
                 ftp.prot_p()
             ftp.voidcmd("TYPE I")
             yield ftp
 
-    def begin(self, ftp: ftplib.FTP, way: str, path: str, size: int, whole: bool = True) -> int:
+    def begin(self, ftp: FTP, way: str, path: str, size: int = 0, **more: Any) -> int:
         self.number += 1
         tls = isinstance(ftp, FTPS)
-        self.records.write(
-            begin=f"{self.directory} {self.number}", way=way, path=path, size=size, whole=whole, tls=tls
-        )
+        name = f"{self.directory} {self.number}"
+        self.records.write(begin=name, way=way, path=path, size=size, tls=tls, **more)
         return self.number
 
     def end(self, number: int, reply: str, data: bytes | None = None) -> None:
@@ -157,7 +172,7 @@ class Thread:
 
     # --- transfers that go well
 
-    def store(self, ftp: ftplib.FTP, command: str = "STOR") -> None:
+    def store(self, ftp: FTP, command: str = "STOR") -> None:
         path, size = self.new_name(), self.size()
         data = content(path, size)
         number = self.begin(ftp, "upload", path, size)
@@ -166,12 +181,36 @@ class Thread:
             if isinstance(connection, ssl.SSLSocket):
                 connection.unwrap()
         self.end(number, ftp.voidresp(), data)
-        self.files[path] = size
+        self.files[path] = path, size
 
-    def append(self, ftp: ftplib.FTP) -> None:
+    def store_unique(self, ftp: FTP) -> None:
+        """The server chooses the name, and says it when the data connection is there."""
+        path, size = self.new_name(), self.size()
+        data = content(path, size)
+        number = self.begin(ftp, "upload", path, size, unique=True)
+        with ftp.transfercmd(f"STOU {path}") as connection:
+            name = f"{path.rpartition('/')[0]}/{ftp.reply.rpartition('FILE: ')[2].rpartition('/')[2]}"
+            self.expect(name.startswith(f"{path}."), ftp.reply)
+            self.records.write(named=f"{self.directory} {number}", path=name)
+            connection.sendall(data)
+            if isinstance(connection, ssl.SSLSocket):
+                connection.unwrap()
+        self.end(number, ftp.voidresp(), data)
+        self.files[name] = path, size
+
+    def rename(self, ftp: FTP) -> None:
+        if self.files:
+            path = self.random.choice(list(self.files))
+            of, size = self.files.pop(path)
+            new = self.new_name()
+            number = self.begin(ftp, "rename", path, to=new)
+            self.end(number, ftp.rename(path, new))
+            self.files[new] = of, size
+
+    def append(self, ftp: FTP) -> None:
         self.store(ftp, "APPE")
 
-    def refused(self, ftp: ftplib.FTP) -> None:
+    def refused(self, ftp: FTP) -> None:
         """Uploads are atomic: nothing is added to a file that exists."""
         if not self.files:
             return
@@ -184,19 +223,18 @@ class Thread:
             else:
                 raise AssertionError("added to a file that exists")
 
-    def retrieve(self, ftp: ftplib.FTP) -> None:
-        path, size = self.random.choice(
-            [(f"files/{size}", size) for size in SIZES] + list(self.files.items())
-        )
+    def retrieve(self, ftp: FTP) -> None:
+        common = {name: (name, size) for size in SIZES for name in [f"files/{size}"]}
+        path, (of, size) = self.random.choice(list((common | self.files).items()))
         rest = self.random.choice([None, None, size // 3])
-        number = self.begin(ftp, "download", path, size - (rest or 0))
+        number = self.begin(ftp, "download", path, size, of=of, start=rest or 0)
         with ftp.transfercmd(f"RETR {path}", rest) as connection:
             data = b"".join(iter(lambda: connection.recv(1 << 16), b""))
             if isinstance(connection, ssl.SSLSocket):
                 connection.unwrap()
         self.end(number, ftp.voidresp(), data)
 
-    def retrieve_slowly(self, ftp: ftplib.FTP) -> None:
+    def retrieve_slowly(self, ftp: FTP) -> None:
         number = self.begin(ftp, "download", f"files/{1 << 20}", 1 << 20)
         with ftp.transfercmd(f"RETR files/{1 << 20}") as connection:
             pieces = []
@@ -205,7 +243,7 @@ class Thread:
                 time.sleep(0.001)
         self.end(number, ftp.voidresp(), b"".join(pieces))
 
-    def list(self, ftp: ftplib.FTP) -> None:
+    def list(self, ftp: FTP) -> None:
         lines: list[str] = []
         command = self.random.choice(["NLST", "LIST", "MLSD"])
         ftp.retrlines(f"{command} {self.directory}", lines.append)  # in ASCII
@@ -214,14 +252,14 @@ class Thread:
         self.expect({path.rsplit("/", 1)[-1] for path in self.files} <= names, ("not listed", lines))
         self.expect(not any(name.endswith("~") for name in names), ("half an upload is listed", lines))
 
-    def delete(self, ftp: ftplib.FTP) -> None:
+    def delete(self, ftp: FTP) -> None:
         if self.files:
             path = self.random.choice(list(self.files))
             del self.files[path]
-            number = self.begin(ftp, "delete", path, 0)
+            number = self.begin(ftp, "delete", path)
             self.end(number, ftp.delete(path))
 
-    def answer(self, ftp: ftplib.FTP) -> None:
+    def answer(self, ftp: FTP) -> None:
         for command in self.random.sample(["PWD", "NOOP", "STAT", "FEAT", "SYST", "EPSV", "PASV"], 4):
             ftp.sendcmd(command)
 
@@ -251,7 +289,7 @@ class Thread:
         with contextlib.closing(ftplib.FTP(timeout=PATIENCE, source_address=(address, 0))) as ftp:
             ftp.connect("127.0.0.1", self.port)
             try:
-                ftp.login(self.random.choice(["ada", "nobody"]), "wrong")
+                ftp.login(self.random.choice([*USERS, "nobody"]), "wrong")
             except ftplib.error_perm as error:
                 self.expect(str(error).startswith("530"), error)
             else:
@@ -259,7 +297,7 @@ class Thread:
 
     # --- sessions that do not
 
-    def cut_upload(self, cut: Callable[[ftplib.FTP, Any], str | None], ftp: ftplib.FTP) -> None:
+    def cut_upload(self, cut: Callable[[FTP, Any], str | None], ftp: FTP) -> None:
         path, size = self.new_name(), self.random.choice([1000, 200_000, 2_000_000])
         number = self.begin(ftp, "upload", path, size, whole=False)
         with ftp.transfercmd(f"STOR {path}") as connection:
@@ -268,7 +306,7 @@ class Thread:
         if reply is not None:
             self.end(number, reply)
 
-    def cut_download(self, cut: Callable[[ftplib.FTP, Any], str | None], ftp: ftplib.FTP) -> None:
+    def cut_download(self, cut: Callable[[FTP, Any], str | None], ftp: FTP) -> None:
         number = self.begin(ftp, "download", f"files/{LARGE}", LARGE, whole=False)
         with ftp.transfercmd(f"RETR files/{LARGE}") as connection:
             connection.recv(self.random.choice([1, 100_000]))
@@ -276,7 +314,7 @@ class Thread:
         if reply is not None:
             self.end(number, reply)
 
-    def cut(self, how: Callable[[ftplib.FTP, Any], str | None], goes_on: bool) -> None:
+    def cut(self, how: Callable[[FTP, Any], str | None], goes_on: bool) -> None:
         with self.session() as ftp:
             self.random.choice([self.cut_upload, self.cut_download])(how, ftp)
             if goes_on:  # the session is none the worse
@@ -284,7 +322,7 @@ class Thread:
                 self.store(ftp)
 
     def abort(self) -> None:
-        def by_abor(ftp: ftplib.FTP, connection: Any) -> str:
+        def by_abor(ftp: FTP, connection: Any) -> str:
             reply = ftp.abort()
             if not reply.startswith(
                 "225"
@@ -296,7 +334,7 @@ class Thread:
         self.cut(by_abor, goes_on=True)
 
     def data_reset(self) -> None:
-        def by_reset(ftp: ftplib.FTP, connection: Any) -> str:
+        def by_reset(ftp: FTP, connection: Any) -> str:
             reset(connection)
             reply = ftp.getmultiline()
             self.expect(reply[:3] in ("425", "426"), reply)  # 425: before it was accepted
@@ -307,7 +345,7 @@ class Thread:
     def leave(self) -> None:
         """The control connection first; what the server then does with the other one is waited for."""
 
-        def by_leaving(ftp: ftplib.FTP, connection: Any) -> str:
+        def by_leaving(ftp: FTP, connection: Any) -> str:
             assert ftp.sock is not None
             if self.random.random() < 0.5:
                 reset(ftp.sock)
@@ -322,12 +360,10 @@ class Thread:
     def forget(self) -> None:
         """Nothing is read and nothing is said, until the process ends."""
 
-        def by_silence(ftp: ftplib.FTP, connection: Any) -> None:
-            self.forgotten.append(connection.dup())
+        def by_silence(ftp: FTP, connection: Any) -> None:
+            self.forgotten.enter_context(connection.dup())
 
-        session = self.session(tls=False)  # (an SSLSocket has no dup)
-        ftp = session.__enter__()
-        self.forgotten.append(session)
+        ftp = self.forgotten.enter_context(self.session(tls=False))  # (an SSLSocket has no dup)
         self.random.choice([self.cut_upload, self.cut_download])(by_silence, ftp)
 
     def say_nothing(self) -> None:
@@ -355,7 +391,8 @@ class Thread:
 
 
 TRANSFERS = 3 * [Thread.store, Thread.retrieve] + [
-    *(Thread.append, Thread.refused, Thread.list, Thread.list, Thread.delete, Thread.answer)
+    *(Thread.store_unique, Thread.rename, Thread.append, Thread.refused),
+    *(Thread.list, Thread.list, Thread.delete, Thread.answer),
 ]
 
 #: Kinds of sessions, and how often each is chosen.
@@ -376,7 +413,7 @@ KINDS: dict[Callable[[Thread], None], int] = {
 def main() -> None:
     told = json.loads(sys.argv[1])
     records = Records(told["records"])
-    forgotten: list[Any] = []
+    forgotten = contextlib.ExitStack()
     threads = []
     for number in range(told["threads"]):
         thread = Thread(

@@ -1,6 +1,6 @@
 """Soak: an operator's server with two workers, mixed clients, and everybody is killed at times.
 
-    pytest tests/proof/test_soak.py              # 8 rounds, 45 s to 80 s on a busy machine
+    pytest tests/proof/test_soak.py              # 6 rounds, 45 s; 60 s on a busy machine
     pytest tests/proof/test_soak.py --proof      # 10 minutes
     pytest tests/proof/test_soak.py --long       # 2 hours; BRIDGE_SOAK_MINUTES=N for other times
 
@@ -12,16 +12,15 @@ are killed. Then all clients have gone, the server is at rest, and this must hol
 - one that was not answered so is not there; if the reply may have been lost, all of it is there or nothing;
   only a client without TLS that was killed may have left the beginning of a file (README, "Cut uploads");
 - no session was refused, cut or answered otherwise than it had to be, except by the death of its worker;
-- /metrics counts the transfers that the clients have counted;
+- /metrics counts the transfers that the clients have counted, and xferlog has a line for each;
 - no process has more descriptors than at the start, and the log has no traceback.
 
-In the first half of the rounds no worker is replaced: what these take at rest may not grow, see SLOPE.
+In the first half of the rounds no worker is replaced: what these take at rest may not grow, see EACH.
 At the end the server stops and starts again, and nothing is left of the uploads that its crashes cut.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -40,53 +39,67 @@ from typing import Any
 
 import psutil
 import pytest
-from cli import Command, certificate, environment
+from cli import Command, environment
 from conftest import Effort
-from soak_client import LARGE, SIZES, content
-from soak_records import Records
+from soak_records import Records, logged_uploads
+from soak_site import make_site
 
 from bridge.uploads import is_hidden
-from bridge.userfile import Hash
 
-pytestmark = pytest.mark.program
+# (`blocks`: workers wait for each other to change a limit's count, and on a busy machine the one that has the
+# lock may not run for 0.1 s.)
+pytestmark = [pytest.mark.program, pytest.mark.blocks]
 
 #: Client processes of a round, threads of each, sessions of each thread: 5 s on an idle machine.
 PROCESSES, THREADS, SESSIONS = 3, 4, 8
 
-#: Rounds of the short form, and minutes of the others.
-ROUNDS = 8
+#: Rounds of the short form, and minutes of the others. Half of them are steady.
+ROUNDS = 6
 MINUTES = {"proof": 10.0, "long": 120.0}
 
-#: Rounds until everything has been used once: caches, arenas, the threads' stacks.
-WARM_UP = 2
+#: kB that a worker may grow in the steady rounds but their first third: what there is once, and what there
+#: may be of each session. Without a leak 490 and 1070 in 1100 and 1200 sessions (measured): malloc's, for
+#: nothing is left when it has given back what is free (test_soak_memory.py). In the short form there are too
+#: few sessions.
+ONCE, EACH = 600.0, 0.75
 
-#: kB of its own memory (USS) that a worker may grow at rest in 1000 sessions, as the median from one round to
-#: the next: a leak is in all of them, what malloc scatters in one. A handler kept for each session: 13 000
-#: (measured). Without a leak the few rounds of the short form still see 2 000 to 6 000, which is there once
-#: and fills up: 512 cancelled timers, 300 points of history.
-SLOPE = {"short": 9000.0, "proof": 6000.0, "long": 2000.0}
-
-#: The end of a traceback of pyftpdlib's that is known: it pushes data of a session that its 150 has closed.
-KNOWN = "object has no attribute 'data_channel'"
+#: kB that the master may grow in the whole run, in which it forks up to 700 workers. 24 after 60 (measured).
+MASTER = 1000.0
 
 #: Seconds for anything one waits for here, on a machine that does much else.
 PATIENCE = 90.0
 
-CHEAP = Hash(4, 1, 1, b"0123456789abcdef", hashlib.scrypt(b"p", salt=b"0123456789abcdef", n=16, r=1, p=1))
-LIMITS = "sessions=400,up=10G,down=10G,quota=1T"
 
-
-def eventually(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
+def eventually(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not in {PATIENCE} s"
+        assert time.monotonic() < deadline, f"{what}: not in {seconds} s"
         time.sleep(0.02)
     return value
 
 
-def steps(points: list[tuple[float, float]]) -> list[float]:
-    """How much y grows for each x, from point to point."""
-    return [(y - y0) / (x - x0) for (x0, y0), (x, y) in itertools.pairwise(points)]
+def none(wrong: list[str]) -> None:
+    """There must be nothing; all that is goes into the failure."""
+    assert not wrong, "\n".join(wrong)
+
+
+def growth(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Sessions, and the kB that a worker grew in them, when the first third of the *points* has passed.
+
+    The median over all pairs of points (Theil and Sen), which outliers do not move.
+    """
+    points = points[len(points) // 3 :]
+    pairs = [((x0, y0), (x, y)) for (x0, y0), (x, y) in itertools.combinations(points, 2) if x > x0]
+    sessions = points[-1][0] - points[0][0]
+    return sessions, sessions * statistics.median((y - y0) / (x - x0) for (x0, y0), (x, y) in pairs)
+
+
+def anonymous(process: psutil.Process) -> float:
+    """kB of its memory that are no file's. (In USS, what a worker shares with the master is nothing.)"""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
 
 
 @dataclass
@@ -105,7 +118,7 @@ class Soak:
     deaths: int = 0
     reloads: int = 0
     rotations: int = 0
-    #: For each worker (connections it had, kB of its own) at rest.
+    #: For each worker (connections that its slot had, kB) at rest.
     memory: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
     records: Records | None = None
@@ -119,6 +132,7 @@ class Soak:
         self.descriptors = max(each.num_fds() for each in self.server.children())
         self.master = psutil.Process(self.server.pid)
         self.master_descriptors = self.master.num_fds()
+        self.master_memory = anonymous(self.master)
 
     # --- the server
 
@@ -158,12 +172,19 @@ class Soak:
         workers = eventually(self.server.children, "a worker")
         self.random.choice(workers).kill()
 
+    def slots_of(self, worker: psutil.Process) -> list[int]:
+        """Its slot; nothing if it was too slow to tell the one that was asked."""
+        with urllib.request.urlopen(f"{self.url}status.json", timeout=PATIENCE) as answer:
+            workers = json.load(answer)["workers"]
+        return [each["slot"] for each in workers if each["pid"] == worker.pid]
+
     # --- a round
 
     def round(self, *, reload: bool = False, deaths: int = 0) -> None:
         number = self.rounds
         self.rounds += 1
         self.random = random.Random(f"{self.seed} {number}")
+        self.began = time.monotonic()
         self.before = self.at_rest()
         clients = [self.client(number, each) for each in range(PROCESSES)]
         victim = self.random.randrange(PROCESSES)
@@ -222,61 +243,75 @@ class Soak:
         self.sessions += records.sessions
         self.transfers += sum(map(records.completed, ("upload", "download")))
         self.volume += sum(each.size for each in records.transfers.values() if each.completed)
-        print(f"round {number} of seed {self.seed}: {records.sessions} sessions, {len(records.lost)} lost")
-        assert not records.problems, "\n".join(records.problems)
-        assert deaths or not records.lost, "\n".join(records.lost)
+        took = time.monotonic() - self.began
+        print(
+            f"round {number} of seed {self.seed}: {records.sessions} sessions, {len(records.lost)} lost, "
+            f"{took:.1f} s"
+        )
+        none(records.problems)
+        if records.lost and not deaths:
+            none([*records.lost, *self.told_of_workers()])
         directory = self.home / str(number)
-        assert not records.wrong_files(self.home, directory)
-        assert not records.wrong_downloads(self.home)
+        none(records.wrong_files(self.home, directory))
+        none(records.wrong_downloads())
         hidden = [path for path in directory.rglob("*") if is_hidden(path.name)]
         assert deaths or not hidden, "left by uploads that failed"
+        counted = {}
         for way in ("upload", "download"):
             name = f'bridge_transfers_total{{direction="{way}",outcome="completed"}}'
-            counted = told[name] - self.before[name]
+            counted[way] = told[name] - self.before[name]
             least = records.completed(way) - deaths * PROCESSES * THREADS  # 226, and dead before it counts
-            assert least <= counted <= records.completed(way) + records.unknown(way), (way, counted)
+            most = records.completed(way) + records.unknown(way)
+            assert least <= counted[way] <= most, (way, least, counted, most)
+        if not deaths:  # or lines that were not yet written are lost
+
+            def uploads() -> list[str]:
+                return logged_uploads(self.xferlog(), directory)
+
+            eventually(lambda: len(uploads()) == counted["upload"], "a line for each upload that was counted")
+            none(records.not_logged(uploads(), self.home))
         self.check_logs(records)
         for path in directory.rglob("*"):
             if path.is_file() and not is_hidden(path.name):
                 path.unlink()
         for worker in self.server.children():
             self.look(worker, told)
-        assert self.master.num_fds() <= self.master_descriptors
+        self.check_descriptors(self.master, self.master_descriptors)
+        self.master_grown = anonymous(self.master) - self.master_memory
+        assert self.master_grown < MASTER
 
     def look(self, worker: psutil.Process, told: dict[str, float]) -> None:
-        assert worker.num_fds() <= self.descriptors, os.listdir(f"/proc/{worker.pid}/fd")
-        kilobytes = worker.memory_full_info().uss / 1024
-        self.memory.setdefault(worker.pid, []).append((self.sessions_of_worker(told), kilobytes))
+        self.check_descriptors(worker, self.descriptors)
+        slots = eventually(lambda: self.slots_of(worker), f"{worker} in /status.json")
+        connections = told[f'bridge_worker_connections_total{{worker="{slots[0]}"}}']
+        self.memory.setdefault(worker.pid, []).append((connections, anonymous(worker)))
 
-    def sessions_of_worker(self, told: dict[str, float]) -> float:
-        """Half of all: which of them has a slot does not matter, the kernel divides them evenly."""
-        return told["bridge_connections_total"] / 2
+    def check_descriptors(self, process: psutil.Process, most: int) -> None:
+        """In the end: a connection that has asked for /metrics is not closed at once."""
+        files = Path(f"/proc/{process.pid}/fd")
+        try:
+            eventually(lambda: len(os.listdir(files)) <= most, "descriptors as before", 20.0)
+        except AssertionError:
+            left = [os.readlink(file) for file in files.iterdir() if os.path.lexists(file)]
+            raise AssertionError(f"more than {most} descriptors: {left}") from None
+
+    def xferlog(self) -> list[str]:
+        """Its lines; the last one may be about to be written."""
+        texts = [path.read_text().rpartition("\n")[0] for path in self.directory.glob("xferlog*")]
+        return [line for text in texts for line in text.splitlines()]
+
+    def told_of_workers(self) -> list[str]:
+        """What the log says of workers: who of them came, retired or died, and when."""
+        texts = [path.read_text() for path in sorted(self.directory.glob("log*"), reverse=True)]
+        return [line for text in texts for line in text.splitlines() if "] worker " in line]
 
     def check_logs(self, records: Records) -> None:
         """Of the log that was in use until the round's rotation, and of this one."""
         for path in self.directory.glob("log*"):
-            text = path.read_text()
-            assert text.count("Traceback") <= text.count(KNOWN), path
-        lines = [line for path in self.directory.glob("xferlog*") for line in path.read_text().splitlines()]
-        assert not records.wrong_lines(lines, self.home)
+            assert "Traceback" not in path.read_text(), path
+        none(records.wrong_lines(self.xferlog(), self.home))
         for name in ("log", "xferlog"):  # nobody writes to them any more
             (self.directory / f"{name}.{self.rotations - 1}").unlink(missing_ok=True)
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> list[str]:
-    home = tmp_path / "srv"
-    (home / "files").mkdir(parents=True)
-    for size in (*SIZES, LARGE):
-        (home / f"files/{size}").write_bytes(content(f"files/{size}", size))
-    (tmp_path / "users").write_text(f"ada:{CHEAP}:.:write:{LIMITS}\n")
-    pytest.importorskip("OpenSSL")
-    pytest.importorskip("prometheus_client")
-    return [
-        *("-i", "127.0.0.1", "-d", "srv", "--users", "users", "--atomic-uploads", "--workers", "2"),
-        *("--tls", "--certfile", str(certificate(tmp_path)), "--http", "0"),
-        *("--log-file", "log", "--xferlog", "xferlog"),
-    ]
 
 
 def plan(effort: Effort) -> Iterator[tuple[str, bool, int]]:
@@ -286,9 +321,9 @@ def plan(effort: Effort) -> Iterator[tuple[str, bool, int]]:
     number = 0
 
     def steady() -> bool:
-        return time.monotonic() - started < 30 * minutes if minutes else number < ROUNDS - 3
+        return time.monotonic() - started < 30 * minutes if minutes else number < ROUNDS // 2
 
-    while steady() or number < WARM_UP + 3:
+    while steady():
         yield "steady", False, 0
         number += 1
     while time.monotonic() - started < 60 * minutes if minutes else number < ROUNDS:
@@ -302,7 +337,10 @@ def begin_round(_watchdog: Any, _no_hang: None) -> Callable[[int], None]:
     return lambda number: _watchdog.test(f"test_soak, round {number}")
 
 
-def test_soak(tmp_path: Path, options: list[str], effort: Effort, begin_round: Callable[[int], None]) -> None:
+def test_soak(tmp_path: Path, effort: Effort, begin_round: Callable[[int], None]) -> None:
+    pytest.importorskip("OpenSSL")
+    pytest.importorskip("prometheus_client")
+    options = [*make_site(tmp_path), "--workers", "2", "--http", "0"]
     with Command(*options, directory=tmp_path) as server:
         soak = Soak(tmp_path, server, seed=int(os.environ.get("BRIDGE_SOAK_SEED", time.time())))
         steady: dict[int, list[tuple[float, float]]] = {}
@@ -314,18 +352,18 @@ def test_soak(tmp_path: Path, options: list[str], effort: Effort, begin_round: C
         code, output = server.stop()
     assert code == 0, output
     assert "Traceback" not in output
-    grown = 1000 * statistics.median(
-        step for points in steady.values() for step in steps(points[WARM_UP - 1 :])
-    )
+    growths = [growth(points) for points in steady.values()]
     left = [path for path in tmp_path.rglob("*") if is_hidden(path.name)]
     print(
         f"{soak.sessions} sessions, {soak.transfers} transfers of {soak.volume / 1e9:.2f} GB completed, "
         f"{soak.kills} clients and {soak.deaths} workers killed, "
         f"{soak.reloads} SIGHUP, {soak.rotations} SIGUSR1, {len(left)} uploads cut by crashes; "
-        f"{grown:.0f} kB per 1000 sessions"
+        f"{' and '.join(f'{grown:.0f} kB in {sessions:.0f} sessions' for sessions, grown in growths)} of a "
+        f"worker, master {soak.master_grown:+.0f} kB"
     )
     assert len(steady) == 2
-    assert grown <= SLOPE[effort], steady
+    # (A leak is in both.)
+    assert effort == "short" or any(grown <= ONCE + EACH * sessions for sessions, grown in growths), steady
     with Command(*options, directory=tmp_path) as server:
         server.printed("http://")
         assert server.stop()[0] == 0
