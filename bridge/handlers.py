@@ -32,9 +32,11 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pyftpdlib.handlers
+from gevent import GreenletExit, Timeout
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
 from pyftpdlib.log import logger
@@ -199,6 +201,13 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
         except OSError as error:
             self.log(f"cannot end the incomplete {file.name}: {error}", logfun=logger.error)
             return hasattr(file, "abort")
+
+    def _let_go(self, end: Callable[[Any], object], file: Any) -> None:
+        """End the file of a transfer that has not begun, when the session ends, whatever that meets."""
+        try:
+            end(file)
+        except (Exception, GreenletExit, Timeout) as error:
+            self.log(f"cannot end {file.name}: {error!r}", logfun=logger.error)
 
     def _transfer_ended(self, completed: bool) -> None:
         ended = getattr(self.server, "transfer_ended", None)
@@ -410,13 +419,18 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
         received = getattr(self, "_in_dtp_queue", None)
         if received is not None:
             self._in_dtp_queue = None  # pyftpdlib would close it
+        sent = getattr(self, "_out_dtp_queue", None)
+        if sent is not None:
+            self._out_dtp_queue = None  # and end nothing else if that failed
         try:
             super().close()
         finally:
             if closing:
                 self.data_channel = channel  # for _on_dtp_close, which it calls next
             if received is not None:
-                self._give_up(received[0])
+                self._let_go(give_up, received[0])
+            if sent is not None and sent[2] is not None:
+                self._let_go(_close, sent[2])
             ended = getattr(self.server, "session_ended", None)
             if self._closed and not self._over and ended is not None:
                 self._over = True
@@ -465,6 +479,10 @@ def _derived(base: Any, first: Any, attributes: dict[str, Any], last: Any = None
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     bases = tuple(each for each in (first, base, last) if each is not None)
     return type(base.__name__, bases, {**names, **attributes})
+
+
+def _close(file: Any) -> None:
+    file.close()
 
 
 def _one_line(reason: str) -> str:

@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any
 
 import pyftpdlib.handlers
+from gevent import GreenletExit, Timeout
 from pyftpdlib.handlers import DTPHandler
 from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.log import logger
@@ -95,7 +96,9 @@ class TransferMixin(StartingMixin, ReceivingMixin):
     def handle_error(self) -> None:
         """As pyftpdlib, with 452 and 552; over TLS too there is a reply."""
         error = sys.exc_info()[1]
-        if is_bare_eof(error) and self._initialized:
+        if self._closed and self._initialized:  # a callback, when all was over: as any other
+            self.cmd_channel.handle_error()
+        elif is_bare_eof(error) and self._initialized:
             self.handle_close()
         elif isinstance(error, _FileReadWriteError):
             cause = error.__cause__
@@ -254,7 +257,26 @@ class TransferMixin(StartingMixin, ReceivingMixin):
             self._error = previous
 
     def close(self) -> None:
-        """As pyftpdlib; what fails when an uploaded file is closed is told, not raised."""
+        """As pyftpdlib; what fails when an uploaded file is closed is told, not raised.
+
+        If the session ends, so does this, whatever the file and the callbacks meet: it is only logged.
+        """
+        for _ in range(2):  # what the file raises, and what a callback does
+            try:
+                self._close()
+                return
+            except (Exception, GreenletExit, Timeout) as error:
+                if not self.cmd_channel._closed:
+                    raise
+                if isinstance(error, Exception):
+                    self.log_exception(self)
+                else:
+                    self.log(f"{self.cmd}: its end was ended: {error!r}", logfun=logger.info)
+            if self._closed:
+                self.cmd_channel._on_dtp_close()
+                return
+
+    def _close(self) -> None:
         if self._progress is not None:
             self._end_progress()
         if self._closed:
