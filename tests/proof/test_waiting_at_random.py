@@ -40,6 +40,7 @@ from tree import Tree, Upload
 from waits import MARK, WITNESS, Hooks, Mischief, Seen
 
 from bridge.threads import THREADS
+from bridge.transfers import REPLY_CODES
 from bridge.users import PASSWORD_THREADS
 
 _this = psutil.Process()
@@ -53,6 +54,9 @@ RATES = (0.0, 0.01, 0.04, 0.15)
 #: thousands; a timer of pyftpdlib's or of a channel that rests makes one.
 SPAN, SPIN = 0.01, 30
 
+
+#: See REPLY_CODES.
+FAILURES = frozenset(map(int, REPLY_CODES.values()))
 
 # --- what clients do
 
@@ -159,8 +163,8 @@ class Victim(Driver):
     def understand(self, line: bytes, replies: list[Reply]) -> None:
         if self.ended and replies and replies[-1][0] == 421:  # to whatever command (legal.GOING)
             replies = replies[:-1]
-        if [code for code, _ in replies] == [451] and not self.owed and self.has_failed():
-            return  # bridge's reply to what a program answers too late, to whatever command
+        if len(replies) == 1 and replies[0][0] in FAILURES and not self.owed and self.has_failed():
+            return  # bridge's replies to these errors of the program, whatever the command
         super().understand(line, replies)
 
     def check_end(self, line: bytes) -> None:
