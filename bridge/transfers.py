@@ -77,6 +77,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
     moves_in_bulk = True  # for channels.py
     _offset: int
     _filefd: int
+    _idler: Any
     _fileno: int
     cmd: str | None
     tot_bytes_sent: int
@@ -266,6 +267,8 @@ class TransferMixin(StartingMixin, ReceivingMixin):
                 self._close()
                 return
             except (Exception, GreenletExit, Timeout) as error:
+                if self._closed and self._idler is not None and not self._idler.cancelled:
+                    self._idler.cancel()  # what pyftpdlib has not come to
                 if not self.cmd_channel._closed:
                     raise
                 if isinstance(error, Exception):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import gevent.socket
 import pytest
 from fakes import Gate, RecordingHandler
 from pyftpdlib.filesystems import AbstractedFS
@@ -85,11 +86,11 @@ def test_nothing_of_a_session_is_left_whatever_its_end_meets(tmp_path: Path, how
 
 @pytest.mark.parametrize("error", [gevent.GreenletExit, gevent.Timeout, ValueError, OSError])
 @pytest.mark.parametrize("command", ["STOR a", "RETR b"])
+@pytest.mark.parametrize("connects", [False, True])
 def test_nothing_of_a_session_is_left_if_a_file_cannot_be_closed_at_its_end(
-    tmp_path: Path, command: str, error: Any
+    tmp_path: Path, connects: bool, command: str, error: Any
 ) -> None:
-    """Of a transfer whose data connection has not come."""
-    (tmp_path / "b").touch()
+    (tmp_path / "b").write_bytes(b"b" * (16 << 20))  # more than the kernel takes at once
 
     class File:
         def __init__(self, file: Any) -> None:
@@ -112,11 +113,17 @@ def test_nothing_of_a_session_is_left_if_a_file_cannot_be_closed_at_its_end(
     handler = handler_class(users(tmp_path), Handler, abstracted_fs=FS)
     with started(handler) as server:
         with Client(server) as client:
-            client.command("EPSV", "229")
+            port = int(client.command("EPSV", "229").split("|")[3])
             client.command(command, "150")
+            if connects:
+                with gevent.socket.create_connection((server.address[0], port)):
+                    eventually(lambda: server.sessions()[0].handler.data_channel)
+                    client.close()
+                    eventually(lambda: not server.sessions())
         eventually(lambda: not server.sessions())
         eventually(lambda: ("disconnect",) in handler.events)
         assert not server.ip_map
+        assert [call for call in server.ioloop.sched._tasks if not call.cancelled] == []
         with Client(server) as other:
             other.command("NOOP", "200")
 
