@@ -48,7 +48,7 @@ from bridge.pipelining import PipeliningMixin
 from bridge.receiving import give_up
 from bridge.strict import StrictMixin
 from bridge.transfers import LIMITS, REPLY_CODES, TransferMixin, transferring
-from bridge.turns import current_session
+from bridge.turns import Interrupt, current_session
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _closed, _closing, _last_response, _in_dtp_queue, _out_dtp_queue, _restart_position,
@@ -87,6 +87,8 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
         self.last_active = time.time()
         #: Transfer commands so far: tells whether one that is to be aborted is still the last.
         self._transfers = 0
+        #: The command whose turn was ended before it had replied.
+        self._interrupted: str | None = None
         #: Why the data connection failed before there was a command that it could be told to.
         self._no_data_connection: str | None = None
         self._fresh_upload = False
@@ -114,10 +116,12 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
 
         Without a transfer nothing happens. A turn that waits (for the file system, say) is ended.
         """
+        reason = _one_line(reason)
         if current_session() is self:
-            self._abort_transfer(_one_line(reason), self._transfers)
+            if not self._end_transfer(f"426 {reason}") and self._transfers and not self._last_response:
+                self.respond_w_warning(f"426 {reason}")
         elif self.command in TRANSFERS or transferring(self):
-            self.ioloop.submit(self._abort_transfer, _one_line(reason), self._transfers, interrupt=True)
+            self.ioloop.submit(self._abort_transfer, reason, self._transfers, interrupt=True)
 
     # --- runs in a worker greenlet: may wait
 
@@ -128,11 +132,13 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             self._close_soon()
 
     def _abort_transfer(self, reason: str, number: int) -> None:
-        if self._closed or number != self._transfers or not number:
+        command, self._interrupted = self._interrupted, None
+        if self._closed:
             return
-        # The second case: its turn was ended before it had replied.
-        if not self._end_transfer(f"426 {reason}") and not self._last_response:
-            self.respond_w_warning(f"426 {reason}")
+        if command is not None:  # it may be another one than the transfer's
+            self.respond_w_warning(f"{426 if command in TRANSFERS else 451} {reason}")
+        if number == self._transfers:
+            self._end_transfer(f"426 {reason}")
 
     def finish(self, reason: str) -> None:
         """The server stops: 421 and close, unless a transfer runs; then when that ends."""
@@ -256,11 +262,18 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             return
         self.command = cmd
         self.last_active = time.time()
+        self._last_response = ""
+        if cmd in TRANSFERS and not transferring(self):
+            self._transfers += 1
         try:
             super().pre_process_command(line, cmd, arg)
+        except Interrupt:
+            if not self._last_response:
+                self._interrupted = cmd
+            raise
         except OSError as error:
             # From the file system, where pyftpdlib does not expect it to fail (validpath, say).
-            if self._closed or error.errno not in LIMITS:
+            if self._closed or self._last_response or error.errno not in LIMITS:
                 raise
             self.respond_w_warning(f"451 {error.strerror}.")
         except AttributeError:
@@ -277,7 +290,6 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             if transferring(self):
                 self.respond_w_warning("503 Wait for the end of the transfer.")
                 return
-            self._transfers += 1
             reason, self._no_data_connection = self._no_data_connection, None
             if reason is not None:
                 self.respond_w_warning(f"425 Can't open data connection: {reason}.")

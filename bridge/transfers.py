@@ -26,6 +26,7 @@ from pyftpdlib.utils import is_ssl_sock
 from bridge.blocks import BURST, RECORD, SENDING, UPSTREAMS, Splice, Unspliceable
 from bridge.events import StartingMixin
 from bridge.receiving import ReceivingMixin, is_bare_eof
+from bridge.turns import Interrupt
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Besides these, of DTPHandler: _resp, _closed, _initialized; of SSLConnectionMixin: _error; of FTPHandler:
@@ -267,8 +268,8 @@ class TransferMixin(StartingMixin, ReceivingMixin):
                 self._close()
                 return
             except (Exception, GreenletExit, Timeout) as error:
-                if self._closed and self._idler is not None and not self._idler.cancelled:
-                    self._idler.cancel()  # what pyftpdlib has not come to
+                if self._closed:
+                    self._finish_closing(error)
                 if not self.cmd_channel._closed:
                     raise
                 if isinstance(error, Exception):
@@ -276,8 +277,14 @@ class TransferMixin(StartingMixin, ReceivingMixin):
                 else:
                     self.log(f"{self.cmd}: its end was ended: {error!r}", logfun=logger.info)
             if self._closed:
-                self.cmd_channel._on_dtp_close()
                 return
+
+    def _finish_closing(self, error: BaseException) -> None:
+        """Do what pyftpdlib does behind the callback that has raised *error*."""
+        if self._idler is not None and not self._idler.cancelled:
+            self._idler.cancel()
+        if self.cmd_channel._closed or isinstance(error, Interrupt):  # else it ends the session
+            self.cmd_channel._on_dtp_close()
 
     def _close(self) -> None:
         if self._progress is not None:
@@ -290,4 +297,9 @@ class TransferMixin(StartingMixin, ReceivingMixin):
                 return
         if self._splice is not None:
             self._splice.close()
+        if not self.receive and self.file_obj is not None and not self.file_obj.closed:
+            try:
+                self.file_obj.close()  # or if the turn ended in it, there would be no reply
+            except Exception:
+                self.log_exception(self)
         super().close()
