@@ -32,7 +32,7 @@ from driver import TRANSFERS, Driver, Illegal, Reply
 from gevent.event import Event
 from grammar import NAMES
 from hypothesis import HealthCheck, Phase, given, settings
-from legal import name_of
+from legal import GOING, name_of
 from pyftpdlib.handlers import FTPHandler
 from served import fill, served
 from support import Client, eventually, handler_class, serving, users
@@ -55,8 +55,8 @@ RATES = (0.0, 0.01, 0.04, 0.15)
 SPAN, SPIN = 0.01, 30
 
 
-#: See REPLY_CODES.
-FAILURES = frozenset(map(int, REPLY_CODES.values()))
+#: What an error of the program may be to the client, whatever the command: pyftpdlib's, and bridge's.
+FAILURES = {450, 550, *map(int, REPLY_CODES.values())}
 
 # --- what clients do
 
@@ -161,11 +161,26 @@ class Victim(Driver):
         return super().until(fence)
 
     def understand(self, line: bytes, replies: list[Reply]) -> None:
-        if self.ended and replies and replies[-1][0] == 421:  # to whatever command (legal.GOING)
-            replies = replies[:-1]
+        if self.ended:
+            replies = [each for each in replies if each[0] not in GOING]
+        if self.seen is not None and "abort" in self.seen.faults:
+            replies = self.without_aborts(line, replies)
         if len(replies) == 1 and replies[0][0] in FAILURES and not self.owed and self.has_failed():
-            return  # bridge's replies to these errors of the program, whatever the command
+            return
         super().understand(line, replies)
+
+    def all_owed(self, replies: list[Reply], transfer: set[int] | None = None) -> bool:
+        return super().all_owed([each for each in replies if each[0] not in GOING], transfer)
+
+    def settle(self, reply: Reply) -> None:
+        if reply[0] not in GOING:  # the end comes next
+            super().settle(reply)
+
+    def without_aborts(self, line: bytes, replies: list[Reply]) -> list[Reply]:
+        """What tells that `abort_transfer` has ended a command's turn becomes what every command may have."""
+        begun = "transfer" in self.owed or any(code in (125, 150) for code, _ in replies)
+        aborts = {f"451 {MARK}"} | ({f"426 {MARK}"} if name_of(line) in TRANSFERS and not begun else set())
+        return [(500 if text in aborts else code, text) for code, text in replies]
 
     def check_end(self, line: bytes) -> None:
         """Without a word only if the program has raised."""
@@ -449,6 +464,7 @@ def begin(request: pytest.FixtureRequest, _no_hang: None) -> Callable[[str], Non
     return lambda name: watchdog.test(name)
 
 
+@pytest.mark.blocks  # its files are on a disk
 @pytest.mark.parametrize(
     ("serve", "clients"), [(ours, clients_of(lines)), (theirs, clients_of(lines.filter(in_order)))]
 )

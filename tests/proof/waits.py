@@ -67,7 +67,7 @@ class Seen:
         self.open: list[tuple[str, Any]] = []
         #: What was handled of the commands that no server knows (driver.py), in order.
         self.fences: list[str] = []
-        #: "error": a call has raised what it may raise. "kill": its turn was ended from elsewhere.
+        #: "error": a call has raised what it may raise. "kill", "disconnect", "abort": ended from elsewhere.
         self.faults: set[str] = set()
         self.over = False
         #: Every call, and what was done to it.
@@ -166,7 +166,7 @@ class Mischief:
         if name == "terminate_impersonation" or any(each in ATOMIC for each, _ in seen.open[:-1]):
             return
         fails = chance.random() < self.rates.get(seen.address, 0.0)
-        how = chance.choice(("raise", "raise", "kill", "timeout", "forgotten", "disconnect"))
+        how = chance.choice(("raise", "raise", "kill", "timeout", "forgotten", "disconnect", "abort"))
         if fails:
             seen.story.append("  " * len(seen.open) + how)
         if fails and how == "raise":
@@ -182,10 +182,10 @@ class Mischief:
         if fails and how == "kill":
             error = chance.choice((gevent.GreenletExit, gevent.Timeout))
             self.helpers.spawn(self.kill, seen, gevent.getcurrent(), error, chance.randint(0, PASSES))
-        if fails and how == "disconnect":
-            disconnect = getattr(current_session(), "disconnect", None)
-            if disconnect is not None:
-                self.helpers.spawn(self.disconnect, seen, disconnect, chance.randint(0, PASSES))
+        if fails and how in ("disconnect", "abort"):
+            end = getattr(current_session(), "disconnect" if how == "disconnect" else "abort_transfer", None)
+            if end is not None:  # one of ours
+                self.helpers.spawn(self.end, seen, how, end, chance.randint(0, PASSES))
         if fails or chance.random() < 0.5:
             self.wait(seen, chance)
 
@@ -226,10 +226,10 @@ class Mischief:
             seen.faults.add("kill")
             gevent.kill(worker, error)
 
-    def disconnect(self, seen: Seen, disconnect: Callable[[str], None], passes: int) -> None:
+    def end(self, seen: Seen, how: str, end: Callable[[str], None], passes: int) -> None:
         _pass(passes)
-        seen.faults.add("kill")
-        disconnect(MARK)
+        seen.faults.add(how)
+        end(MARK)
 
 
 def _pass(count: int) -> None:
