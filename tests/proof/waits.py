@@ -56,13 +56,19 @@ FILES = (
 #: What changes something of the whole process, and must not be left in between: pyftpdlib's file system goes
 #: to the directory and back, and an authorizer that impersonates its users is one of them.
 ATOMIC = frozenset({"chdir", "terminate_impersonation"})
+#: The end of a data connection: after a failure there pyftpdlib does not reply, or takes the transfer for one
+#: that still runs, and waits with QUIT for its end.
+CLOSING = frozenset({"close", *(name for name in CALLBACKS if "_file_" in name)})
 
 
 class Seen:
     """What was seen of one session in the server."""
 
-    def __init__(self, address: str, port: int) -> None:
-        self.address, self.port = address, port
+    def __init__(self, handler: Any) -> None:
+        self.address: str = handler.remote_ip
+        self.port: int = handler.remote_port
+        #: Whether pyftpdlib has closed it.
+        self.ended: Callable[[], bool] = lambda: bool(handler._closed)
         #: Calls that have begun and not ended: the name, and the greenlet.
         self.open: list[tuple[str, Any]] = []
         #: What was handled of the commands that no server knows (driver.py), in order.
@@ -77,11 +83,12 @@ class Seen:
 class Mischief:
     """What is done in one example, and what was seen.
 
-    *seed* decides; *rates*: by address, the part of the calls that fail.
+    *seed* decides; *rates*: by address, the part of the calls that fail. *careful*: only wait where pyftpdlib
+    does not survive a failure: in CLOSING, and when the session has ended (it forgets the rest of the end).
     """
 
-    def __init__(self, seed: int, rates: dict[str, float]) -> None:
-        self.seed, self.rates = seed, rates
+    def __init__(self, seed: int, rates: dict[str, float], careful: bool = False) -> None:
+        self.seed, self.rates, self.careful = seed, rates, careful
         self.sessions: dict[Any, Seen] = {}
         self.calls: dict[str, int] = {}
         self.files: list[Any] = []
@@ -107,7 +114,7 @@ class Mischief:
         if handler is None or not handler.remote_ip:
             return None
         if handler not in self.sessions:
-            self.sessions[handler] = Seen(handler.remote_ip, handler.remote_port)
+            self.sessions[handler] = Seen(handler)
         return self.sessions[handler]
 
     @contextlib.contextmanager
@@ -166,7 +173,10 @@ class Mischief:
         if name == "terminate_impersonation" or any(each in ATOMIC for each, _ in seen.open[:-1]):
             return
         fails = chance.random() < self.rates.get(seen.address, 0.0)
+        fails = fails and not self.spared(seen)
         how = chance.choice(("raise", "raise", "kill", "timeout", "forgotten", "disconnect", "abort"))
+        if self.careful and how == "forgotten":  # nobody knows when that strikes
+            how = "timeout"
         if fails:
             seen.story.append("  " * len(seen.open) + how)
         if fails and how == "raise":
@@ -188,6 +198,9 @@ class Mischief:
                 self.helpers.spawn(self.end, seen, how, end, chance.randint(0, PASSES))
         if fails or chance.random() < 0.5:
             self.wait(seen, chance)
+
+    def spared(self, seen: Seen) -> bool:
+        return self.careful and (seen.ended() or any(name in CLOSING for name, _ in seen.open))
 
     def fail(self, seen: Seen, name: str, chance: random.Random) -> None:
         seen.faults.add("error")
@@ -222,7 +235,7 @@ class Mischief:
 
     def kill(self, seen: Seen, worker: Any, error: Any, passes: int) -> None:
         _pass(passes)
-        if not worker.dead and worker.control is not None:
+        if not worker.dead and worker.control is not None and not self.spared(seen):
             seen.faults.add("kill")
             gevent.kill(worker, error)
 
@@ -241,7 +254,8 @@ def _pass(count: int) -> None:
 class Hooks:
     """What is put between pyftpdlib and a program's classes. *mischief*: another one for each example."""
 
-    def __init__(self) -> None:
+    def __init__(self, careful: bool = False) -> None:
+        self.careful = careful
         self.mischief = Mischief(0, {})
 
     def call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
