@@ -13,6 +13,8 @@ the middle and while it ends. Beside them a witness, whose calls only wait, does
 With GeventFTPServer, as the command serves it, and with pyftpdlib's FTPServer on GeventIOLoop.
 
 A failure prints the clients, the seed, and what was said. `--hypothesis-seed` repeats a run of --proof.
+
+(Over 400 lines: the clients, the two servers and what must hold of both are read together.)
 """
 
 from __future__ import annotations
