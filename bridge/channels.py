@@ -314,6 +314,8 @@ class Registration:
             self.channel.handle_error()
         except FOR_THE_CALLER:
             raise
+        except (GreenletExit, Timeout) as error:
+            end_session(getcurrent().control, error)
         except BaseException:
             log.critical("%r failed in handle_error(); closing it", self.channel, exc_info=True)
             close_quietly(self.channel)
@@ -369,14 +371,16 @@ def end_session(control: Any, error: BaseException) -> None:
     if respond is not None:
         try:
             respond("421 Service closing control connection.")
-        except Exception:
+        except (Exception, GreenletExit, Timeout):
             log.debug("%r could not be told", control, exc_info=True)
     close_quietly(control)
 
 
 def close_quietly(channel: Any) -> None:
-    """Close a channel whose own code may be what failed."""
+    """Close a channel whose own code may be what failed, or whose turn is killed once more."""
     try:
         channel.close()
+    except (GreenletExit, Timeout) as error:
+        log.info("%r was closing when its turn was ended: %r", channel, error)
     except Exception:
         log.critical("%r failed to close", channel, exc_info=True)

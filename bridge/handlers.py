@@ -34,9 +34,11 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pyftpdlib.handlers
+from gevent import GreenletExit, Timeout
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
@@ -50,7 +52,7 @@ from bridge.pipelining import PipeliningMixin
 from bridge.receiving import give_up
 from bridge.strict import StrictMixin
 from bridge.transfers import LIMITS, REPLY_CODES, TransferMixin, is_unreachable, transferring
-from bridge.turns import current_session
+from bridge.turns import Interrupt, current_session
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _closed, _closing, _last_response, _in_dtp_queue, _out_dtp_queue, _restart_position,
@@ -89,6 +91,8 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
         self.last_active = time.time()
         #: Transfer commands so far: tells whether one that is to be aborted is still the last.
         self._transfers = 0
+        #: The command whose turn was ended before it had replied.
+        self._interrupted: str | None = None
         #: Why the data connection failed before there was a command that it could be told to.
         self._no_data_connection: str | None = None
         self._fresh_upload = False
@@ -116,10 +120,12 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
 
         Without a transfer nothing happens. A turn that waits (for the file system, say) is ended.
         """
+        reason = _one_line(reason)
         if current_session() is self:
-            self._abort_transfer(_one_line(reason), self._transfers)
+            if not self._end_transfer(f"426 {reason}") and self._transfers and not self._last_response:
+                self.respond_w_warning(f"426 {reason}")
         elif self.command in TRANSFERS or transferring(self):
-            self.ioloop.submit(self._abort_transfer, _one_line(reason), self._transfers, interrupt=True)
+            self.ioloop.submit(self._abort_transfer, reason, self._transfers, interrupt=True)
 
     # --- runs in a worker greenlet: may wait
 
@@ -130,11 +136,13 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             self._close_soon()
 
     def _abort_transfer(self, reason: str, number: int) -> None:
-        if self._closed or number != self._transfers or not number:
+        command, self._interrupted = self._interrupted, None
+        if self._closed:
             return
-        # The second case: its turn was ended before it had replied.
-        if not self._end_transfer(f"426 {reason}") and not self._last_response:
-            self.respond_w_warning(f"426 {reason}")
+        if command is not None:  # it may be another one than the transfer's
+            self.respond_w_warning(f"{426 if command in TRANSFERS else 451} {reason}")
+        if number == self._transfers:
+            self._end_transfer(f"426 {reason}")
 
     def finish(self, reason: str) -> None:
         """The server stops: 421 and close, unless a transfer runs; then when that ends."""
@@ -204,6 +212,13 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             self.log(f"cannot end the incomplete {file.name}: {error}", logfun=logger.error)
             return hasattr(file, "abort")
 
+    def _let_go(self, end: Callable[[Any], object], file: Any) -> None:
+        """End the file of a transfer that has not begun, when the session ends, whatever that meets."""
+        try:
+            end(file)
+        except (Exception, GreenletExit, Timeout) as error:
+            self.log(f"cannot end {file.name}: {error!r}", logfun=logger.error)
+
     def _transfer_ended(self, completed: bool) -> None:
         ended = getattr(self.server, "transfer_ended", None)
         if ended is not None:
@@ -251,11 +266,18 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             return
         self.command = cmd
         self.last_active = time.time()
+        self._last_response = ""
+        if cmd in TRANSFERS and not transferring(self):
+            self._transfers += 1
         try:
             super().pre_process_command(line, cmd, arg)
+        except Interrupt:
+            if not self._last_response:
+                self._interrupted = cmd
+            raise
         except OSError as error:
             # From the file system, where pyftpdlib does not expect it to fail (validpath, say).
-            if self._closed or error.errno not in LIMITS:
+            if self._closed or self._last_response or error.errno not in LIMITS:
                 raise
             self.respond_w_warning(f"451 {error.strerror}.")
         except AttributeError:
@@ -272,7 +294,6 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
             if transferring(self):
                 self.respond_w_warning("503 Wait for the end of the transfer.")
                 return
-            self._transfers += 1
             reason, self._no_data_connection = self._no_data_connection, None
             if reason is not None:
                 self.respond_w_warning(f"425 Can't open data connection: {reason}.")
@@ -421,13 +442,18 @@ class SessionMixin(PipeliningMixin, StrictMixin, EventsMixin):
         received = getattr(self, "_in_dtp_queue", None)
         if received is not None:
             self._in_dtp_queue = None  # pyftpdlib would close it
+        sent = getattr(self, "_out_dtp_queue", None)
+        if sent is not None:
+            self._out_dtp_queue = None  # and end nothing else if that failed
         try:
             super().close()
         finally:
             if closing:
                 self.data_channel = channel  # for _on_dtp_close, which it calls next
             if received is not None:
-                self._give_up(received[0])
+                self._let_go(give_up, received[0])
+            if sent is not None and sent[2] is not None:
+                self._let_go(_close, sent[2])
             ended = getattr(self.server, "session_ended", None)
             if self._closed and not self._over and ended is not None:
                 self._over = True
@@ -481,6 +507,10 @@ def _derived(base: Any, first: Any, attributes: dict[str, Any], last: Any = None
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     bases = tuple(each for each in (first, base, last) if each is not None)
     return type(base.__name__, bases, {**names, **attributes})
+
+
+def _close(file: Any) -> None:
+    file.close()
 
 
 def _one_line(reason: str) -> str:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from bridge.turns import Interrupt
+
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _closed, _quit_pending, _wanted_io_events, _fileno; of SSLConnectionMixin: _ssl_accepting.
 
@@ -63,12 +65,20 @@ class PipeliningMixin(_FTPHandler):
 
     def found_terminator(self) -> None:
         """As pyftpdlib; then the rest of the input may have to wait, or is not to be obeyed."""
-        super().found_terminator()
+        try:
+            super().found_terminator()
+        except Interrupt:  # of this command, and not of those behind it
+            if self.ac_in_buffer:
+                self._hold()
+            raise
         if self._quit_pending or getattr(self, "_ssl_accepting", False):
             self.ac_in_buffer = b""
         if self.producer_fifo or (self.ac_in_buffer and (self._is_deaf() or self._slice_is_over())):
-            self._held, self.ac_in_buffer = self.ac_in_buffer, b""
-            self._watch_for_writing_only()
+            self._hold()
+
+    def _hold(self) -> None:
+        self._held, self.ac_in_buffer = self.ac_in_buffer, b""
+        self._watch_for_writing_only()
 
     def _is_deaf(self) -> bool:
         """Whether pyftpdlib reads nothing now, as the reply to a failed login comes first."""

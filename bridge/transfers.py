@@ -19,6 +19,7 @@ from types import NoneType
 from typing import Any
 
 import pyftpdlib.handlers
+from gevent import GreenletExit, Timeout
 from pyftpdlib.handlers import DTPHandler
 from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.log import logger
@@ -27,6 +28,7 @@ from pyftpdlib.utils import is_ssl_sock
 from bridge.blocks import BURST, RECORD, SENDING, UPSTREAMS, Splice, Unspliceable
 from bridge.events import StartingMixin
 from bridge.receiving import ReceivingMixin, is_bare_eof
+from bridge.turns import Interrupt
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Besides these, of DTPHandler: _resp, _closed, _initialized; of SSLConnectionMixin: _error; of FTPHandler:
@@ -90,6 +92,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
     moves_in_bulk = True  # for channels.py
     _offset: int
     _filefd: int
+    _idler: Any
     _fileno: int
     cmd: str | None
     tot_bytes_sent: int
@@ -109,7 +112,9 @@ class TransferMixin(StartingMixin, ReceivingMixin):
     def handle_error(self) -> None:
         """As pyftpdlib, with 452 and 552; over TLS too there is a reply."""
         error = sys.exc_info()[1]
-        if (is_bare_eof(error) and self._initialized) or is_unreachable(error):
+        if self._closed and self._initialized:  # a callback, when all was over: as any other
+            self.cmd_channel.handle_error()
+        elif (is_bare_eof(error) and self._initialized) or is_unreachable(error):
             self.handle_close()
         elif isinstance(error, _FileReadWriteError):
             cause = error.__cause__
@@ -296,7 +301,34 @@ class TransferMixin(StartingMixin, ReceivingMixin):
             self._error = previous
 
     def close(self) -> None:
-        """As pyftpdlib; what fails when an uploaded file is closed is told, not raised."""
+        """As pyftpdlib; what fails when an uploaded file is closed is told, not raised.
+
+        If the session ends, so does this, whatever the file and the callbacks meet: it is only logged.
+        """
+        for _ in range(2):  # what the file raises, and what a callback does
+            try:
+                self._close()
+                return
+            except (Exception, GreenletExit, Timeout) as error:
+                if self._closed:
+                    self._finish_closing(error)
+                if not self.cmd_channel._closed:
+                    raise
+                if isinstance(error, Exception):
+                    self.log_exception(self)
+                else:
+                    self.log(f"{self.cmd}: its end was ended: {error!r}", logfun=logger.info)
+            if self._closed:
+                return
+
+    def _finish_closing(self, error: BaseException) -> None:
+        """Do what pyftpdlib does behind the callback that has raised *error*."""
+        if self._idler is not None and not self._idler.cancelled:
+            self._idler.cancel()
+        if self.cmd_channel._closed or isinstance(error, Interrupt):  # else it ends the session
+            self.cmd_channel._on_dtp_close()
+
+    def _close(self) -> None:
         if self._progress is not None:
             self._end_progress()
         if self._closed:
@@ -307,4 +339,9 @@ class TransferMixin(StartingMixin, ReceivingMixin):
                 return
         if self._splice is not None:
             self._splice.close()
+        if not self.receive and self.file_obj is not None and not self.file_obj.closed:
+            try:
+                self.file_obj.close()  # or if the turn ended in it, there would be no reply
+            except Exception:
+                self.log_exception(self)
         super().close()

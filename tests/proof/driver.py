@@ -39,14 +39,14 @@ class Illegal(AssertionError):
 
 
 class Driver:
-    """A session. *tree*: the model of the server's files, shared by all its sessions."""
+    """A session. *tree*: the model of the server's files, shared by its sessions; *source*: where from."""
 
     numbers = itertools.count(1)
 
-    def __init__(self, address: tuple[str, int], tree: Tree) -> None:
+    def __init__(self, address: tuple[str, int], tree: Tree, source: str = "127.0.0.1") -> None:
         self.tree = tree
         self.heard: list[str] = []
-        self.sock = gevent.socket.create_connection(address, PATIENCE)
+        self.sock = gevent.socket.create_connection(address, PATIENCE, (source, 0))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.file = self.sock.makefile("rb")
         self.address = address
