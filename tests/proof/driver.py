@@ -55,6 +55,8 @@ class Driver:
         #: What may still come: the kind ("transfer", "connect", "hash") and its codes.
         self.owed: dict[str, set[int]] = {}
         self.data: Any = None
+        #: Whether the server may have seen the end of its last data connection.
+        self.data_ended = True
         self.listener: Any = None
         self.port = 0
         self.protected = False
@@ -66,7 +68,6 @@ class Driver:
         """As after a login."""
         self.cwd = "/"
         self.ascii = True
-        self.offset = 0
         self.renamed: str | None = None
 
     # --- the control connection
@@ -174,10 +175,10 @@ class Driver:
 
     def check_end(self, line: bytes) -> None:
         """Whether the server may have hung up: it must have said so."""
-        if line.startswith(b"\x16\x03"):
+        if any(each.startswith(r"-> b'\x16\x03") for each in self.heard):
             return  # TLS without AUTH: nothing could be said that the client understands
-        said = [each[3:6] for each in self.heard if each.startswith("<- ")]
-        if not set(said[-4:]) & {"421", "221", "530"}:
+        last = next((each for each in reversed(self.heard) if each.startswith("<- ")), "")
+        if not re.match(r"<- (421 |530 .* Disconnecting\.$)", last):
             raise Illegal(f"hung up at {line!r:.100}\n{self.story()}")
 
     def all_owed(self, replies: list[Reply], transfer: set[int] | None = None) -> bool:
@@ -202,8 +203,8 @@ class Driver:
     def transfer_ended(self, *, complete: bool) -> None:
         self.owed.pop("transfer", None)
         upload, self.upload = self.upload, None
-        if upload is not None:
-            self.tree.end_upload(upload, complete=complete)
+        if upload is not None and complete:
+            self.tree.files[upload.path] = upload.result()
 
     def happened(self, name: str, line: bytes, reply: Reply) -> None:
         code, text = reply
@@ -218,19 +219,13 @@ class Driver:
                     path = absolute(
                         absolute(self.cwd, argument).rpartition("/")[0] if argument else self.cwd, text[10:]
                     )
-                self.upload = self.tree.begin_upload(
-                    path, append=name == "APPE", offset=self.offset if name == "STOR" else 0, ascii=self.ascii
-                )
-        if name in ("RETR", "STOR") and code not in (500, 501, 503, 504, 530, 522):
-            self.offset = 0 if "outside" not in text and "privileges" not in text else self.offset
+                self.upload = Upload(path, ascii=self.ascii)
         if code // 100 == 2:
             self.succeeded(name, argument, path, text)
         if name == "RNTO" and code in (250, 550) and "outside" not in text and "privileges" not in text:
             self.renamed = None
         if code == 350 and name == "RNFR":
             self.renamed = path
-        if code == 350 and name == "REST":
-            self.offset = int(argument)
 
     def succeeded(self, name: str, argument: str, path: str, text: str) -> None:
         if name in ("MKD", "XMKD"):
@@ -322,6 +317,7 @@ class Driver:
 
     def connected(self) -> None:
         self.heard.append("   data connection")
+        self.data_ended = False
         self.data.settimeout(PATIENCE)
         if self.protected:
             try:
@@ -370,6 +366,7 @@ class Driver:
         if self.data is None:
             return
         self.heard.append(f"   data connection: {how}")
+        self.data_ended = True
         if how == "read" and self.upload is None and "transfer" in self.owed:
             self.read_data()
         elif how == "half":
@@ -391,6 +388,7 @@ class Driver:
         if self.data is not None:
             self.data.close()
             self.data = None
+            self.data_ended = True
 
     def hang_up(self, how: str, partial: bytes = b"") -> None:
         """End the session: QUIT, close or reset, with half a command before."""
@@ -411,9 +409,8 @@ class Driver:
             if how == "reset":
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.ended = True
-        self.close()
+        self.close_control()
 
-    def close(self) -> None:
-        self.close_data()
+    def close_control(self) -> None:
         self.file.close()
         self.sock.close()
