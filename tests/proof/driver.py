@@ -158,8 +158,7 @@ class Driver:
                 break
         else:
             if self.all_owed(replies) and (late or self.ended):
-                for reply in replies:
-                    self.settle(reply)
+                self.settle(replies)
                 if self.ended:
                     self.check_end(line)
                 elif late:
@@ -167,11 +166,10 @@ class Driver:
                 return
             codes = [each[0] for each in replies]
             raise Illegal(f"to {line!r:.100}: {codes}, owed {self.owed}\n{self.story()}")
-        for each in before if begins else [*before, *after]:
-            self.settle(each)
+        self.settle(before if begins else [*before, *after])
         self.happened(name, line, reply)
-        for each in after if begins else ():
-            self.settle(each)
+        if begins:
+            self.settle(after)
 
     def check_end(self, line: bytes) -> None:
         """Whether the server may have hung up: it must have said so."""
@@ -181,24 +179,37 @@ class Driver:
         if not re.match(r"<- (421 |530 .* Disconnecting\.$)", last):
             raise Illegal(f"hung up at {line!r:.100}\n{self.story()}")
 
-    def all_owed(self, replies: list[Reply], transfer: set[int] | None = None) -> bool:
-        """Whether *replies* are owed, each once; *transfer*: as if one had begun."""
+    def owed_as(self, replies: list[Reply], transfer: set[int] | None = None) -> list[str] | None:
+        """What each of *replies* is owed as; None if not all are. *transfer*: as if one had begun."""
         owed = self.owed if transfer is None else {**self.owed, "transfer": transfer}
 
-        def fits(replies: list[Reply], kinds: frozenset[str]) -> bool:
-            return not replies or any(
-                replies[0][0] in owed[kind] and fits(replies[1:], kinds - {kind}) for kind in kinds
-            )
+        def kinds_of(replies: list[Reply], left: frozenset[str]) -> list[str] | None:
+            if not replies:
+                return []
+            code = replies[0][0]
+            order = ("connect", "transfer", "hash") if code == 200 else ("transfer", "hash", "connect")
+            for kind in order:
+                if kind in left and code in owed[kind]:
+                    others = kinds_of(replies[1:], left - {kind})
+                    if others is not None:
+                        return [kind, *others]
+            return None
 
-        return fits(replies, frozenset(owed))
+        return kinds_of(replies, frozenset(owed))
 
-    def settle(self, reply: Reply) -> None:
-        """Take up a reply that was owed."""
-        order = ("connect", "transfer", "hash") if reply[0] == 200 else ("transfer", "hash", "connect")
-        kind = next(each for each in order if reply[0] in self.owed.get(each, ()))
-        del self.owed[kind]
-        if kind == "transfer":
-            self.transfer_ended(complete=reply[0] in (226, 250))
+    def all_owed(self, replies: list[Reply], transfer: set[int] | None = None) -> bool:
+        """Whether *replies* are owed, each once."""
+        return self.owed_as(replies, transfer) is not None
+
+    def settle(self, replies: list[Reply]) -> None:
+        """Take up replies that were owed."""
+        kinds = self.owed_as(replies)
+        if kinds is None:
+            raise Illegal(f"{replies} are not owed: {self.owed}\n{self.story()}")
+        for kind, reply in zip(kinds, replies, strict=True):
+            del self.owed[kind]
+            if kind == "transfer":
+                self.transfer_ended(complete=reply[0] in (226, 250))
 
     def transfer_ended(self, *, complete: bool) -> None:
         self.owed.pop("transfer", None)
@@ -219,7 +230,7 @@ class Driver:
                     path = absolute(
                         absolute(self.cwd, argument).rpartition("/")[0] if argument else self.cwd, text[10:]
                     )
-                self.upload = Upload(path, ascii=self.ascii)
+                self.upload = Upload(path, ascii=self.ascii, connected=code == 125)
         if code // 100 == 2:
             self.succeeded(name, argument, path, text)
         if name == "RNTO" and code in (250, 550) and "outside" not in text and "privileges" not in text:
@@ -272,7 +283,7 @@ class Driver:
         while (reply := self.reply()) is not None:
             if reply[0] in FIRST["AUTH"] | {500, 501}:
                 break
-            self.settle(self.expect(reply, set().union(*self.owed.values())))
+            self.settle([reply])
         if reply is None or reply[0] != 234:
             if more:
                 self.until(b"BEHIND")
@@ -318,6 +329,8 @@ class Driver:
     def connected(self) -> None:
         self.heard.append("   data connection")
         self.data_ended = False
+        if self.upload is not None:
+            self.upload.connected = True
         self.data.settimeout(PATIENCE)
         if self.protected:
             try:
@@ -333,9 +346,12 @@ class Driver:
             if reply is None:
                 self.check_end(kind.encode())
                 return
-            if not self.all_owed([reply]):
-                raise Illegal(f"{reply} is not owed: {self.owed}\n{self.story()}")
-            self.settle(reply)
+            self.settle([reply])
+
+    def finish_upload(self) -> None:
+        """Wait for the reply to it, if nothing is missing for one."""
+        if self.upload is not None and self.upload.connected and self.data_ended:
+            self.next_owed("transfer")
 
     def send_data(self, content: bytes) -> None:
         if self.data is None:
@@ -401,7 +417,7 @@ class Driver:
                     said_goodbye = True
                     self.close_data()
                 elif self.all_owed([reply]):
-                    self.settle(reply)
+                    self.settle([reply])
                 else:
                     self.expect(reply, GOING)
         else:

@@ -58,15 +58,20 @@ class Machine(RuleBasedStateMachine):
         return _this.num_fds(), len(ioloop.socket_map), len(self.target.server.sessions())
 
     def session(self, number: int) -> Driver:
-        """The one of that number; a new one if it has ended."""
-        session = self.sessions.get(number)
-        if session is None or session.ended:
-            if session is not None:
-                self.forget(session)
+        """The one of that number; a new one if it has ended.
+
+        What the others' uploads have done is known before: the order of what two sessions do is that here.
+        """
+        for other, each in list(self.sessions.items()):
+            if each.ended:
+                self.forget(self.sessions.pop(other))
+            elif other != number:
+                each.finish_upload()
+        if number not in self.sessions:
             session = self.sessions[number] = Driver(self.target.address, self.tree)
             session.log_in()
             session.say([b"TYPE I"])
-        return session
+        return self.sessions[number]
 
     def forget(self, session: Driver) -> None:
         session.close_control()

@@ -12,10 +12,10 @@ from grammar import TREE
 
 
 class Upload:
-    """One that runs."""
+    """One that runs. *connected*: has a data connection."""
 
-    def __init__(self, path: str, *, ascii: bool) -> None:
-        self.path, self.ascii = path, ascii
+    def __init__(self, path: str, *, ascii: bool, connected: bool) -> None:
+        self.path, self.ascii, self.connected = path, ascii, connected
         self.sent = b""
 
     def result(self) -> bytes:
