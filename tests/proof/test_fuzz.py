@@ -13,7 +13,6 @@ A failure prints the steps as a program, and all that was said. `--hypothesis-se
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +25,8 @@ import psutil
 import pytest
 from conftest import Effort
 from driver import Driver
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from sequences import sequences, settings_of
 from served import QUOTA, Served, fill, served, tree_of
 from support import eventually
 from tree import Tree, differences
@@ -194,24 +193,6 @@ class Machine(RuleBasedStateMachine):
 #: Sequences of up to 30 steps.
 EXAMPLES = {"short": 20, "proof": 400, "long": 300_000}
 
-#: Minutes go by until a sequence is as short as it can be: only who has hours waits for that.
-PHASES = {"short": [Phase.generate], "proof": [Phase.generate], "long": [Phase.generate, Phase.shrink]}
-
-
-def run(target: Served, effort: Effort, begins: Callable[[], None]) -> None:
-    run_state_machine_as_test(
-        type("Machine", (Machine,), {"target": target, "begins": staticmethod(begins)}),
-        settings=settings(
-            max_examples=EXAMPLES[effort],
-            stateful_step_count=30,
-            deadline=None,
-            derandomize=effort == "short",
-            database=None,
-            phases=PHASES[effort],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-
 
 def warm_up(target: Served) -> None:
     """What a process opens once, at the first hash, the first handshake."""
@@ -225,19 +206,13 @@ def warm_up(target: Served) -> None:
 
 @pytest.fixture
 def begins(_watchdog: Any, _no_hang: None) -> Iterator[Callable[[], None]]:
-    """Called when a sequence begins: each has the watchdog's time for itself, and none is interrupted by the
-    collector, which needs 60 ms for what hypothesis has, while the server's turns may block for 50."""
-
-    def begin() -> None:
-        _watchdog.test("test_fuzz, a sequence")
-        gc.collect()
-
-    gc.disable()
-    yield begin
-    gc.enable()
+    """Called when a sequence begins."""
+    with sequences(_watchdog, "test_fuzz") as begin:
+        yield begin
 
 
 def test_nothing_a_client_sends_does_harm(tmp_path: Path, effort: Effort, begins: Any) -> None:
     with served(tmp_path, "--hash", "--atomic-uploads", quota=QUOTA) as target:
         warm_up(target)
-        run(target, effort, begins)
+        machine: Any = type("Machine", (Machine,), {"target": target, "begins": staticmethod(begins)})
+        run_state_machine_as_test(machine, settings=settings_of(effort, EXAMPLES))
