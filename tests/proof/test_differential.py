@@ -38,7 +38,7 @@ from tree import differences
 #: pyftpdlib leaves it to the collector to close the files of transfers that never begin.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file <.*/(pyftpdlib|loop)/:ResourceWarning")
 
-#: Sequences of up to 12 parts, each of up to 4 steps.
+#: Sequences of up to 12 parts, each of up to 6 steps.
 EXAMPLES = {"short": 40, "proof": 300, "long": 200_000}
 
 
@@ -159,35 +159,38 @@ CHANCE = [
 
 # --- what is sent
 
-lines = grammar.theirs.filter(lambda line: name_of(line) != "STOU")  # whose names are random
-endings = st.sampled_from(["close", "close", "cut", "reset"])
+#: STOU's names are random.
+lines = grammar.theirs.filter(lambda line: name_of(line) != "STOU").map(lambda line: ("line", line))
+names = st.sampled_from(grammar.NAMES)
+types = st.sampled_from([_line(b"TYPE A"), _line(b"TYPE I"), []])
+endings = st.sampled_from([[("end", how)] for how in ("close", "close", "close", "cut", "reset")])
 
+uploads = st.builds(
+    lambda type, command, name, content: [*type, *PASSIVE, *_line(command + name), ("send_data", content)],
+    types,
+    st.sampled_from([b"STOR ", b"APPE "]),
+    names,
+    grammar.contents,
+)
+downloads = st.builds(
+    lambda type, line: [*type, *PASSIVE, *_line(line)],
+    types,
+    names.map(lambda name: b"RETR " + name) | st.sampled_from([b"LIST", b"MLSD dir", b"NLST"]),
+)
 
 #: Steps that belong together, so that each sequence gets somewhere.
 several: st.SearchStrategy[list[Step]] = st.one_of(
-    *[lines.map(lambda line: _line(line))] * 4,
-    st.just(LOGIN),
-    st.sampled_from([b"EPSV", b"PASV", b"EPSV 1"]).map(lambda line: _line(line)),
-    st.sampled_from([PASSIVE, [("connect",)]]),
+    *[st.lists(lines, min_size=1, max_size=6)] * 4,
+    st.sampled_from([b"ABOR", b"USER u", b"EPSV", b"PASV", b"STOR b", b"RETR a", b"LIST", b"STAT"]).map(
+        _line
+    ),
+    st.sampled_from([LOGIN, PASSIVE, [("connect",)], [("encrypt",)]]),
     st.sampled_from([b"PORT %s", b"EPRT %s"]).map(lambda line: [("active", line)]),
-    st.builds(
-        lambda name, content: [*PASSIVE, *_line(name), ("send_data", content)],
-        st.builds(
-            lambda command, name: command + name,
-            st.sampled_from([b"STOR ", b"APPE "]),
-            st.sampled_from(grammar.NAMES),
-        ),
-        grammar.contents,
-    ),
-    st.sampled_from([b"ABOR", b"USER u", b"EPSV", b"STOR b", b"RETR a", b"LIST"]).map(
-        lambda line: _line(line)
-    ),
+    uploads,
+    st.builds(lambda upload, end: [*upload, *end], uploads, endings),
+    downloads,
     grammar.contents.map(lambda content: [("send_data", content)]),
-    *[endings.map(lambda how: [("end", how)])] * 2,
-    st.sampled_from([b"RETR a", b"RETR dir/c", b"LIST", b"MLSD dir", b"NLST"]).map(
-        lambda line: [*PASSIVE, *_line(line)]
-    ),
-    st.just([("encrypt",)]),
+    endings,
     st.sampled_from([b"PROT P", b"PROT C"]).map(lambda line: _line(b"PBSZ 0", line)),
 )
 sequence = st.builds(
