@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import gevent.socket
 import gevent.ssl
 from legal import name_of
 from pyftpdlib.handlers import FTPHandler
-from support import PATIENCE, encrypted, eventually
+from sequences import await_or_fail
+from support import PATIENCE, encrypted
 
 #: No server knows this command. Its reply comes when everything before has been replied to.
 FENCE = "FENCE"
@@ -36,7 +38,7 @@ class Peer:
         self.data: Any = None
         self.port = 0
         self.sent = 0
-        self.protected = self.ended = False
+        self.ended = False
         port = self.sock.getsockname()[1]
         self.reply()
         #: The server's end of this session.
@@ -55,6 +57,9 @@ class Peer:
         happened: list[str] = getattr(self, method)(*arguments)
         self.story.append("    " + "\n    ".join(happened).replace("\r\n", "\n    "))
         return "\n".join(happened)
+
+    def wait(self, condition: Callable[[], object], otherwise: str) -> None:
+        await_or_fail(condition, lambda: f"{otherwise}\n" + "\n".join(self.story))
 
     # --- the control connection
 
@@ -111,10 +116,6 @@ class Peer:
         replies += self.until_fence()
         if (match := re.search(r"(\d+),(\d+)\)\.$|\|(\d+)\|\)\.$", replies[-1])) is not None:
             self.port = int(match[3]) if match[3] else int(match[1]) * 256 + int(match[2])
-        if name == "PROT" and replies[0][0] == "2":
-            self.protected = line.upper() == b"PROT P"
-        if name in ("USER", "REIN", "AUTH") and replies[0][0] in "23":
-            self.protected = False
         return replies
 
     def encrypt(self) -> list[str]:
@@ -125,7 +126,6 @@ class Peer:
             self.file.close()
             self.sock = encrypted(self.sock)
             self.file = self.sock.makefile("rb")
-            self.protected = False
         return replies + self.until_fence()
 
     # --- data connections
@@ -138,7 +138,7 @@ class Peer:
             self.data = gevent.socket.create_connection(("127.0.0.1", self.port), PATIENCE)
         except OSError:
             return [*ended, "nobody listens", *self.until_fence()]
-        eventually(lambda: self.handler._dtp_acceptor is None)
+        self.wait(lambda: self.handler._dtp_acceptor is None, "the data connection is not accepted")
         return ended + self.connected(pending) + self.until_fence()
 
     def active(self, line: bytes) -> list[str]:
@@ -154,14 +154,14 @@ class Peer:
             replies = self.first_replies()
             if replies[-1].startswith("200"):
                 self.data = listener.accept()[0]
-                replies += self.connected(pending)
+                replies += self.connected(pending and len(replies) == 1)  # or it has been ended
         return ended + replies + self.until_fence()
 
     def connected(self, pending: bool) -> list[str]:
         """*pending*: a transfer has waited for this connection, and sends."""
         self.sent = 0
         self.data.settimeout(PATIENCE)
-        if self.protected:
+        if self.handler._prot:
             try:
                 self.data = encrypted(self.data)
             except OSError:
@@ -179,7 +179,7 @@ class Peer:
         except OSError as error:
             end = f" {type(error).__name__}"
         self.close_data()
-        eventually(lambda: channel is None or channel._closed)
+        self.wait(lambda: channel is None or channel._closed, "the data connection does not end")
         return f"data: {content.decode('latin-1')}{end}"
 
     def send_data(self, content: bytes) -> list[str]:
@@ -192,8 +192,9 @@ class Peer:
             pass
         self.sent += len(content)
         if content:  # who receives nothing hangs up instead
-            eventually(
-                lambda: channel._closed or (channel.receive and channel.tot_bytes_received >= self.sent)
+            self.wait(
+                lambda: channel._closed or (channel.receive and channel.tot_bytes_received >= self.sent),
+                "the data is not received",
             )
         return self.until_fence()
 
@@ -211,7 +212,7 @@ class Peer:
         elif how == "reset":
             self.data.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_data()
-        eventually(lambda: channel._closed)
+        self.wait(lambda: channel._closed, "the end of the data connection is not seen")
         return self.until_fence()
 
     def close_data(self) -> None:
@@ -226,7 +227,7 @@ class Peer:
         while not self.ended:
             self.reply()
         self.close()
-        eventually(lambda: self.handler._closed)
+        self.wait(lambda: self.handler._closed, "the session does not end")
 
     def close(self) -> None:
         self.close_data()

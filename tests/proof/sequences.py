@@ -7,8 +7,10 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gevent
 from conftest import Effort
 from hypothesis import HealthCheck, Phase, settings
+from support import eventually
 
 
 @contextlib.contextmanager
@@ -25,6 +27,14 @@ def sequences(watchdog: Any, name: str) -> Iterator[Callable[[], None]]:
         yield begin
     finally:
         gc.enable()
+
+
+def await_or_fail(condition: Callable[[], object], otherwise: Callable[[], str]) -> None:
+    """As `eventually`; hypothesis prints the steps that led to an AssertionError, but not to a Timeout."""
+    try:
+        eventually(condition)
+    except gevent.Timeout:
+        raise AssertionError(otherwise()) from None
 
 
 def settings_of(effort: Effort, examples: dict[str, int], steps: int = 30) -> settings:

@@ -13,6 +13,7 @@ A failure prints the steps as a program, and all that was said. `--hypothesis-se
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ import pytest
 from conftest import Effort
 from driver import Driver
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
-from sequences import sequences, settings_of
+from sequences import await_or_fail, sequences, settings_of
 from served import QUOTA, Served, fill, served, tree_of
 from support import eventually
 from tree import Tree, differences
@@ -74,11 +75,11 @@ class Machine(RuleBasedStateMachine):
 
     def forget(self, session: Driver) -> None:
         session.close_control()
-        eventually(lambda: not self.serves(session))
+        await_or_fail(lambda: not self.serves(session), session.story)
         upload = session.upload
         if upload is not None:  # whether its end has come before the session's, only the file can tell
             path = self.target.home / upload.path[1:]
-            whole = path.is_file() and path.read_bytes() == upload.result()
+            whole = os.path.isfile(path) and path.read_bytes() == upload.result()
             session.transfer_ended(complete=whole and session.data_ended)
         session.close_data()
 
@@ -185,7 +186,9 @@ class Machine(RuleBasedStateMachine):
         story = "\n".join(session.story() for session in self.sessions.values())
         log = self.target.log()[self.logged :]
         assert "Traceback" not in log, f"{log}\n{story}"
-        eventually(lambda: self.resources() == self.before)
+        await_or_fail(
+            lambda: self.resources() == self.before, lambda: f"{self.resources()}, not {self.before}\n{story}"
+        )
         problems = differences(self.tree.files, tree_of(self.target.home))
         assert not problems, f"{problems}\n{story}"
 
