@@ -107,7 +107,8 @@ class Peer:
 
     def line(self, line: bytes) -> list[str]:
         """A command, whose reply may come late; with the data it sends, if it has where to."""
-        connected = self.data is not None and self.handler.data_channel is not None
+        channel = self.handler.data_channel  # if it receives, pyftpdlib may send on it, but does not end it
+        connected = self.data is not None and channel is not None and not channel.receive
         self.send(line)
         replies = self.first_replies()  # before the fence is sent: pyftpdlib goes on with what it has
         name = name_of(line)
