@@ -107,11 +107,12 @@ class Peer:
 
     def line(self, line: bytes) -> list[str]:
         """A command, whose reply may come late; with the data it sends, if it has where to."""
-        channel = self.handler.data_channel  # if it receives, pyftpdlib may send on it, but does not end it
-        connected = self.data is not None and channel is not None and not channel.receive
+        name, channel = name_of(line), self.handler.data_channel
+        if name in (DOWNLOADS | {"STOR", "APPE"}) and channel is not None and channel.receive:
+            return ["not sent"]  # pyftpdlib would mix both transfers, and end neither
+        connected = self.data is not None and channel is not None
         self.send(line)
         replies = self.first_replies()  # before the fence is sent: pyftpdlib goes on with what it has
-        name = name_of(line)
         if replies[0][0] == "1" and name in DOWNLOADS and connected:
             replies.append(self.read_data())
         replies += self.until_fence()
