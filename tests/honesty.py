@@ -11,7 +11,7 @@ a busy machine it names greenlets that did nothing but stand in the kernel's que
 |---|---|
 | its CPU time | yes |
 | system calls that wait (sleep, a lock, a pipe), if the monitor saw where | yes |
-| pyftpdlib's own file system waiting for the disk: README says so, and it is as slow as the machine's | no |
+| pyftpdlib's file system or AtomicFS waiting for the disk (README says so): as slow as the machine's | no |
 | the GIL while another thread runs with it: the hub stands still all the same | yes |
 | this thread in the kernel's queue for a processor | no |
 | another thread in that queue, which may hold the GIL: nothing tells whether it does | no |
@@ -59,8 +59,8 @@ FRESH = 0.005
 DEPTH = 12
 
 _HERE = str(Path(__file__).parent) + os.sep
-#: Where pyftpdlib calls the kernel for files.
-_DISK = os.path.join("pyftpdlib", "filesystems.py")
+#: Where pyftpdlib and AtomicFS call the kernel for files.
+_DISK = (os.path.join("pyftpdlib", "filesystems.py"), os.path.join("bridge", "uploads.py"))
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 

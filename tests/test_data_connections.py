@@ -53,6 +53,20 @@ def test_what_follows_an_active_transfer_leaves_other_sessions_alone(tmp_path: P
             assert second.recv(100).startswith(b"200")
 
 
+def test_empty_lines_in_ascii_mode_do_not_block_the_hub(tmp_path: Path) -> None:
+    """pyftpdlib inserts each CR for itself: 0.12 s for 64 KiB of line feeds (conftest's guard notices)."""
+    (tmp_path / "text").write_bytes(b"\n" * 65535 + b"\r" + b"\n" * 100_000)  # a CRLF in two chunks
+    with started(handler_class(users(tmp_path))) as server, Client(server) as client:
+        client.command("TYPE A", "200")
+        content = b""
+        with client.data() as data:
+            client.command("RETR text", "125")
+            while chunk := data.recv(65536):
+                content += chunk
+        assert client.reply().startswith("226")
+        assert content == b"\r\n" * 165_535
+
+
 def test_pyftpdlib_keeps_what_has_given_its_socket_away() -> None:
     """When it does not, `ActiveMixin.del_channel` may go."""
     names = ("_dtp_acceptor", "_idler", "_in_dtp_queue", "_out_dtp_queue")

@@ -15,6 +15,7 @@ import pyftpdlib.ioloop
 import pytest
 from gevent.hub import Hub
 from pyftpdlib.handlers import FTPHandler
+from pyftpdlib.handlers.ftp.producers import FileProducer
 from pyftpdlib.servers import FTPServer
 from support import Client, eventually, handler_class, serving, users
 
@@ -180,6 +181,8 @@ assert not [kwargs for kwargs in hooks if "bridge" in repr(kwargs)]
         (FTPHandler, "_on_dtp_close"),
         (FTPHandler, "_on_dtp_connection"),
         (FTPHandler, "_shutdown_connecting_dtp"),
+        (FileProducer, "_posix_ascii_data_wrapper"),
+        (FileProducer(None, "a"), "_prev_chunk_endswith_cr"),
         (pyftpdlib.exceptions, "_FileReadWriteError"),
         (pyftpdlib.exceptions, "_RetryError"),
         (FTPServer, "_accept_new_cons"),

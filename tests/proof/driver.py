@@ -55,6 +55,8 @@ class Driver:
         #: What may still come: the kind ("transfer", "connect", "hash") and its codes.
         self.owed: dict[str, set[int]] = {}
         self.data: Any = None
+        #: Whether the server may have seen the end of its last data connection.
+        self.data_ended = True
         self.listener: Any = None
         self.port = 0
         self.protected = False
@@ -66,7 +68,6 @@ class Driver:
         """As after a login."""
         self.cwd = "/"
         self.ascii = True
-        self.offset = 0
         self.renamed: str | None = None
 
     # --- the control connection
@@ -157,8 +158,7 @@ class Driver:
                 break
         else:
             if self.all_owed(replies) and (late or self.ended):
-                for reply in replies:
-                    self.settle(reply)
+                self.settle(replies)
                 if self.ended:
                     self.check_end(line)
                 elif late:
@@ -166,44 +166,56 @@ class Driver:
                 return
             codes = [each[0] for each in replies]
             raise Illegal(f"to {line!r:.100}: {codes}, owed {self.owed}\n{self.story()}")
-        for each in before if begins else [*before, *after]:
-            self.settle(each)
+        self.settle(before if begins else [*before, *after])
         self.happened(name, line, reply)
-        for each in after if begins else ():
-            self.settle(each)
+        if begins:
+            self.settle(after)
 
     def check_end(self, line: bytes) -> None:
         """Whether the server may have hung up: it must have said so."""
-        if line.startswith(b"\x16\x03"):
+        if any(each.startswith(r"-> b'\x16\x03") for each in self.heard):
             return  # TLS without AUTH: nothing could be said that the client understands
-        said = [each[3:6] for each in self.heard if each.startswith("<- ")]
-        if not set(said[-4:]) & {"421", "221", "530"}:
+        last = next((each for each in reversed(self.heard) if each.startswith("<- ")), "")
+        if not re.match(r"<- (421 |530 .* Disconnecting\.$)", last):
             raise Illegal(f"hung up at {line!r:.100}\n{self.story()}")
 
-    def all_owed(self, replies: list[Reply], transfer: set[int] | None = None) -> bool:
-        """Whether *replies* are owed, each once; *transfer*: as if one had begun."""
+    def owed_as(self, replies: list[Reply], transfer: set[int] | None = None) -> list[str] | None:
+        """What each of *replies* is owed as; None if not all are. *transfer*: as if one had begun."""
         owed = self.owed if transfer is None else {**self.owed, "transfer": transfer}
 
-        def fits(replies: list[Reply], kinds: frozenset[str]) -> bool:
-            return not replies or any(
-                replies[0][0] in owed[kind] and fits(replies[1:], kinds - {kind}) for kind in kinds
-            )
+        def kinds_of(replies: list[Reply], left: frozenset[str]) -> list[str] | None:
+            if not replies:
+                return []
+            code = replies[0][0]
+            order = ("connect", "transfer", "hash") if code == 200 else ("transfer", "hash", "connect")
+            for kind in order:
+                if kind in left and code in owed[kind]:
+                    others = kinds_of(replies[1:], left - {kind})
+                    if others is not None:
+                        return [kind, *others]
+            return None
 
-        return fits(replies, frozenset(owed))
+        return kinds_of(replies, frozenset(owed))
 
-    def settle(self, reply: Reply) -> None:
-        """Take up a reply that was owed."""
-        order = ("connect", "transfer", "hash") if reply[0] == 200 else ("transfer", "hash", "connect")
-        kind = next(each for each in order if reply[0] in self.owed.get(each, ()))
-        del self.owed[kind]
-        if kind == "transfer":
-            self.transfer_ended(complete=reply[0] in (226, 250))
+    def all_owed(self, replies: list[Reply], transfer: set[int] | None = None) -> bool:
+        """Whether *replies* are owed, each once."""
+        return self.owed_as(replies, transfer) is not None
+
+    def settle(self, replies: list[Reply]) -> None:
+        """Take up replies that were owed."""
+        kinds = self.owed_as(replies)
+        if kinds is None:
+            raise Illegal(f"{replies} are not owed: {self.owed}\n{self.story()}")
+        for kind, reply in zip(kinds, replies, strict=True):
+            del self.owed[kind]
+            if kind == "transfer":
+                self.transfer_ended(complete=reply[0] in (226, 250))
 
     def transfer_ended(self, *, complete: bool) -> None:
         self.owed.pop("transfer", None)
         upload, self.upload = self.upload, None
-        if upload is not None:
-            self.tree.end_upload(upload, complete=complete)
+        if upload is not None and complete:
+            self.tree.files[upload.path] = upload.result()
 
     def happened(self, name: str, line: bytes, reply: Reply) -> None:
         code, text = reply
@@ -218,19 +230,13 @@ class Driver:
                     path = absolute(
                         absolute(self.cwd, argument).rpartition("/")[0] if argument else self.cwd, text[10:]
                     )
-                self.upload = self.tree.begin_upload(
-                    path, append=name == "APPE", offset=self.offset if name == "STOR" else 0, ascii=self.ascii
-                )
-        if name in ("RETR", "STOR") and code not in (500, 501, 503, 504, 530, 522):
-            self.offset = 0 if "outside" not in text and "privileges" not in text else self.offset
+                self.upload = Upload(path, ascii=self.ascii, connected=code == 125)
         if code // 100 == 2:
             self.succeeded(name, argument, path, text)
         if name == "RNTO" and code in (250, 550) and "outside" not in text and "privileges" not in text:
             self.renamed = None
         if code == 350 and name == "RNFR":
             self.renamed = path
-        if code == 350 and name == "REST":
-            self.offset = int(argument)
 
     def succeeded(self, name: str, argument: str, path: str, text: str) -> None:
         if name in ("MKD", "XMKD"):
@@ -277,7 +283,7 @@ class Driver:
         while (reply := self.reply()) is not None:
             if reply[0] in FIRST["AUTH"] | {500, 501}:
                 break
-            self.settle(self.expect(reply, set().union(*self.owed.values())))
+            self.settle([reply])
         if reply is None or reply[0] != 234:
             if more:
                 self.until(b"BEHIND")
@@ -322,6 +328,9 @@ class Driver:
 
     def connected(self) -> None:
         self.heard.append("   data connection")
+        self.data_ended = False
+        if self.upload is not None:
+            self.upload.connected = True
         self.data.settimeout(PATIENCE)
         if self.protected:
             try:
@@ -337,9 +346,12 @@ class Driver:
             if reply is None:
                 self.check_end(kind.encode())
                 return
-            if not self.all_owed([reply]):
-                raise Illegal(f"{reply} is not owed: {self.owed}\n{self.story()}")
-            self.settle(reply)
+            self.settle([reply])
+
+    def finish_upload(self) -> None:
+        """Wait for the reply to it, if nothing is missing for one."""
+        if self.upload is not None and self.upload.connected and self.data_ended:
+            self.next_owed("transfer")
 
     def send_data(self, content: bytes) -> None:
         if self.data is None:
@@ -370,6 +382,7 @@ class Driver:
         if self.data is None:
             return
         self.heard.append(f"   data connection: {how}")
+        self.data_ended = True
         if how == "read" and self.upload is None and "transfer" in self.owed:
             self.read_data()
         elif how == "half":
@@ -391,6 +404,7 @@ class Driver:
         if self.data is not None:
             self.data.close()
             self.data = None
+            self.data_ended = True
 
     def hang_up(self, how: str, partial: bytes = b"") -> None:
         """End the session: QUIT, close or reset, with half a command before."""
@@ -403,7 +417,7 @@ class Driver:
                     said_goodbye = True
                     self.close_data()
                 elif self.all_owed([reply]):
-                    self.settle(reply)
+                    self.settle([reply])
                 else:
                     self.expect(reply, GOING)
         else:
@@ -411,9 +425,8 @@ class Driver:
             if how == "reset":
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.ended = True
-        self.close()
+        self.close_control()
 
-    def close(self) -> None:
-        self.close_data()
+    def close_control(self) -> None:
         self.file.close()
         self.sock.close()

@@ -20,7 +20,7 @@ _TRANSFER = {125, 150, 425, 450, 451, 503, 504, 522, 550, 552, 553, 554}
 
 #: The reply that a command has at once, besides SYNTAX and LOGIN.
 FIRST: dict[str, set[int]] = {
-    "ABOR": {225, 226, 426},  # RFC 959, 5.4 and 4.1.3
+    "ABOR": {225, 226},  # RFC 959, 5.4 and 4.1.3; 426 before it is the transfer's
     "ALLO": {200, 202, 504, 552},  # RFC 959, 5.4; 552: 4.2
     "APPE": _TRANSFER,  # RFC 959, 5.4
     "AUTH": {234, 334, 502, 503, 504, 534, 431},  # RFC 2228, section 3; 502, 503: RFC 4217, 4

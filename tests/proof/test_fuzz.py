@@ -12,7 +12,10 @@ A failure prints the steps as a program, and all that was said. `--hypothesis-se
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,14 @@ import gevent
 import grammar
 import hypothesis.strategies as st
 import psutil
+import pytest
 from conftest import Effort
 from driver import Driver
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from sequences import await_or_fail, sequences, settings_of
 from served import QUOTA, Served, fill, served, tree_of
-from support import PATIENCE, eventually
-from tree import Tree
+from support import eventually
+from tree import Tree, differences
 
 _this = psutil.Process()
 
@@ -38,15 +42,15 @@ class Machine(RuleBasedStateMachine):
     """Up to three sessions with one server."""
 
     target: Served
-    atomic = True
+    begins: Callable[[], None]
 
     def __init__(self) -> None:
         super().__init__()
-        self.deadline = gevent.Timeout.start_new(PATIENCE)
+        self.begins()
         fill(self.target.home)
         self.before = self.resources()
         self.logged = len(self.target.log())
-        self.tree = Tree(atomic=self.atomic)
+        self.tree = Tree()
         self.sessions: dict[int, Driver] = {}
 
     def resources(self) -> Any:
@@ -54,24 +58,30 @@ class Machine(RuleBasedStateMachine):
         return _this.num_fds(), len(ioloop.socket_map), len(self.target.server.sessions())
 
     def session(self, number: int) -> Driver:
-        """The one of that number; a new one if it has ended."""
-        session = self.sessions.get(number)
-        if session is None or session.ended:
-            if session is not None:
-                self.forget(session)
+        """The one of that number; a new one if it has ended.
+
+        What the others' uploads have done is known before: the order of what two sessions do is that here.
+        """
+        for other, each in list(self.sessions.items()):
+            if each.ended:
+                self.forget(self.sessions.pop(other))
+            elif other != number:
+                each.finish_upload()
+        if number not in self.sessions:
             session = self.sessions[number] = Driver(self.target.address, self.tree)
             session.log_in()
             session.say([b"TYPE I"])
-        return session
+        return self.sessions[number]
 
     def forget(self, session: Driver) -> None:
-        session.close()
-        eventually(lambda: not self.serves(session))
+        session.close_control()
+        await_or_fail(lambda: not self.serves(session), session.story)
         upload = session.upload
-        if upload is not None:  # whether all of it has come before the end, only the file can tell
+        if upload is not None:  # whether its end has come before the session's, only the file can tell
             path = self.target.home / upload.path[1:]
-            whole = path.is_file() and path.read_bytes() == upload.result()
-            session.transfer_ended(complete=whole)
+            whole = os.path.isfile(path) and path.read_bytes() == upload.result()
+            session.transfer_ended(complete=whole and session.data_ended)
+        session.close_data()
 
     def serves(self, session: Driver) -> bool:
         return any(each.remote_address[1] == session.local_port for each in self.target.server.sessions())
@@ -160,10 +170,13 @@ class Machine(RuleBasedStateMachine):
             if sys.exc_info()[0] is None:  # no step has failed
                 self.check()
         finally:
-            self.deadline.close()
             for session in self.sessions.values():
-                session.close()
-            eventually(lambda: not self.target.server.sessions())
+                session.close_control()
+                session.close_data()
+            for left in self.target.server.sessions():
+                left.disconnect("the sequence has failed")
+            with contextlib.suppress(gevent.Timeout):  # that of a step is to be seen
+                eventually(lambda: not self.target.server.sessions())
 
     def check(self) -> None:
         for session in self.sessions.values():
@@ -173,9 +186,10 @@ class Machine(RuleBasedStateMachine):
         story = "\n".join(session.story() for session in self.sessions.values())
         log = self.target.log()[self.logged :]
         assert "Traceback" not in log, f"{log}\n{story}"
-        eventually(lambda: not self.target.server.sessions())
-        eventually(lambda: self.resources() == self.before)
-        problems = self.tree.differences(tree_of(self.target.home))
+        await_or_fail(
+            lambda: self.resources() == self.before, lambda: f"{self.resources()}, not {self.before}\n{story}"
+        )
+        problems = differences(self.tree.files, tree_of(self.target.home))
         assert not problems, f"{problems}\n{story}"
 
 
@@ -183,23 +197,9 @@ class Machine(RuleBasedStateMachine):
 EXAMPLES = {"short": 20, "proof": 400, "long": 300_000}
 
 
-def run(machine: Any, effort: Effort, examples: dict[str, int]) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples[effort],
-            stateful_step_count=30,
-            deadline=None,
-            derandomize=effort == "short",
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-
-
 def warm_up(target: Served) -> None:
     """What a process opens once, at the first hash, the first handshake."""
-    session = Driver(target.address, Tree(atomic=True))
+    session = Driver(target.address, Tree())
     session.encrypt()
     session.log_in()
     session.say([b"HASH a"])
@@ -207,7 +207,15 @@ def warm_up(target: Served) -> None:
     session.hang_up("quit")
 
 
-def test_nothing_a_client_sends_does_harm(tmp_path: Path, effort: Effort) -> None:
+@pytest.fixture
+def begins(_watchdog: Any, _no_hang: None) -> Iterator[Callable[[], None]]:
+    """Called when a sequence begins."""
+    with sequences(_watchdog, "test_fuzz") as begin:
+        yield begin
+
+
+def test_nothing_a_client_sends_does_harm(tmp_path: Path, effort: Effort, begins: Any) -> None:
     with served(tmp_path, "--hash", "--atomic-uploads", quota=QUOTA) as target:
         warm_up(target)
-        run(type("Machine", (Machine,), {"target": target}), effort, EXAMPLES)
+        machine: Any = type("Machine", (Machine,), {"target": target, "begins": staticmethod(begins)})
+        run_state_machine_as_test(machine, settings=settings_of(effort, EXAMPLES))
