@@ -44,7 +44,8 @@ class Guest(Protocol):
         """This is a forked child now: release every watcher, they are the parent's."""
 
 
-#: Held by whoever touches watchers of a hub that is at rest from another thread, and while a hub ends.
+#: Held by whoever touches watchers of a hub that is at rest from another thread, while a hub ends, and during
+#: a fork.
 lock = monkey.get_original("_thread", "RLock")()
 
 _guests: weakref.WeakSet[Guest] = weakref.WeakSet()

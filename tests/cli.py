@@ -19,11 +19,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
 import psutil
 
 import bridge
+
+_Client = TypeVar("_Client", bound=ftplib.FTP)
 
 #: Where the bridge under test lies: an installed wheel's, or the checkout's.
 ROOT = Path(bridge.__file__).parent.parent
@@ -223,7 +225,11 @@ def run(*command: str, directory: Path | None = None) -> subprocess.CompletedPro
 
 def connect(server: Command, encoding: str = "utf-8") -> ftplib.FTP:
     """A session that is not logged in; its wait is bounded by LIMIT."""
-    client = ftplib.FTP(timeout=LIMIT, encoding=encoding)
+    return connected(ftplib.FTP(timeout=LIMIT, encoding=encoding), server)
+
+
+def connected(client: _Client, server: Command) -> _Client:
+    """*client*, which is closed if it cannot connect."""
     try:
         client.connect("127.0.0.1", server.port)
     except BaseException:

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pyftpdlib.__main__
 import pytest
-from cli import LIMIT, Command, certificate, connect, log_in, run
+from cli import LIMIT, Command, certificate, connect, connected, log_in, run
 from pyftpdlib import servers
 from pyftpdlib.handlers import DTPHandler, FTPHandler
 
@@ -275,13 +275,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def tls_client(server: Command) -> ftplib.FTP_TLS:
-    client = ftplib.FTP_TLS(timeout=LIMIT, context=tls_context())
-    try:
-        client.connect("127.0.0.1", server.port)
-    except BaseException:
-        client.close()
-        raise
-    return client
+    return connected(ftplib.FTP_TLS(timeout=LIMIT, context=tls_context()), server)
 
 
 def test_tls_protects_commands_and_data_of_clients_who_ask(tmp_path: Path, pem: str) -> None:
