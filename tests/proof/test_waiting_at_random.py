@@ -38,7 +38,7 @@ from legal import GOING, name_of
 from pyftpdlib.handlers import FTPHandler
 from served import fill, served
 from support import Client, eventually, handler_class, serving, users
-from tree import Tree, Upload
+from tree import Tree
 from waits import MARK, WITNESS, Hooks, Mischief, Seen
 
 from bridge.threads import THREADS
@@ -121,14 +121,6 @@ class AnyTree(Tree):
     def rename(self, old: str, new: str) -> None:
         pass
 
-    def begin_upload(
-        self, path: str, *, append: bool = False, offset: int = 0, ascii: bool = False
-    ) -> Upload:
-        return Upload(path, None, 0, ascii)
-
-    def end_upload(self, upload: Upload, *, complete: bool) -> None:
-        pass
-
 
 class Victim(Driver):
     """A session whose calls may fail; *mischief* knows whether they did."""
@@ -137,7 +129,7 @@ class Victim(Driver):
         self.mischief = mischief
         self.seen: Seen | None = None
         self.fences: list[str] = []
-        super().__init__(address, AnyTree(atomic=True), source)
+        super().__init__(address, AnyTree(), source)
 
     def expect(self, reply: Reply | None, codes: set[int]) -> Reply:
         if codes != {220}:
@@ -174,9 +166,8 @@ class Victim(Driver):
     def all_owed(self, replies: list[Reply], transfer: set[int] | None = None) -> bool:
         return super().all_owed([each for each in replies if each[0] not in GOING], transfer)
 
-    def settle(self, reply: Reply) -> None:
-        if reply[0] not in GOING:  # the end comes next
-            super().settle(reply)
+    def settle(self, replies: list[Reply]) -> None:
+        super().settle([each for each in replies if each[0] not in GOING])  # the end comes next
 
     def without_aborts(self, line: bytes, replies: list[Reply]) -> list[Reply]:
         """What tells that `abort_transfer` has ended a command's turn becomes what every command may have."""
@@ -196,6 +187,10 @@ class Victim(Driver):
     def succeeded(self, name: str, argument: str, path: str, text: str) -> None:
         if name != "RNTO":  # what it renames depends on what has failed
             super().succeeded(name, argument, path, text)
+
+    def close(self) -> None:
+        self.close_data()
+        self.close_control()
 
 
 class Player:
