@@ -12,6 +12,9 @@ Python's os.path takes any error for a "no", and pyftpdlib builds on that. So wh
 
 Here the client is told, 550, or 451 if the listing is on its way. What is left out of a listing are names
 that have gone meanwhile, links that lead nowhere, and what its user may not look at.
+
+And CWD leaves the process where it is: pyftpdlib goes to the directory and back, and takes along all sessions
+that run while a file system of one's own waits in between.
 """
 
 from __future__ import annotations
@@ -78,6 +81,11 @@ class HomeFS(AbstractedFS):
             left += target.split("/")[::-1]
         return found
 
+    def chdir(self, path: str) -> None:
+        """As AbstractedFS, but the process stays where it is."""
+        check_directory(path)
+        self.cwd = self.fs2ftp(path)
+
     def isfile(self, path: str) -> bool:
         """As AbstractedFS."""
         return self._is(path, stat.S_ISREG)
@@ -110,6 +118,11 @@ class HomeFS(AbstractedFS):
         """As AbstractedFS; *ignore_err* is for errors that are an answer."""
         lines = super().format_mlsx(basedir, listing, perms, facts, ignore_err and _Ignoring())
         return _told(lines) if ignore_err else lines
+
+
+def check_directory(path: str) -> None:
+    """Raise what os.chdir(path) would: the same permission is needed to look at what is in it."""
+    os.stat(os.path.join(path, os.curdir))
 
 
 def _found(look: Any, path: str) -> os.stat_result | None:

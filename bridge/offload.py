@@ -29,6 +29,7 @@ from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.filesystems import AbstractedFS
 
 from bridge.blocks import RECEIVING, SENDING, Splice, Unspliceable, unread
+from bridge.homes import check_directory
 from bridge.threads import THREADS, Threads, on_one
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
@@ -115,7 +116,7 @@ class OffloadedFS(AbstractedFS):
         if _overrides(self, "chdir"):
             self._call(_and_back, super().chdir, path, name=name)
         else:
-            self._call(_check_directory, path, name=name)
+            self._call(check_directory, path, name=name)
             self.cwd = self.fs2ftp(path)
 
     def listdir(self, path: str) -> list[str]:
@@ -380,11 +381,6 @@ def _fill(batch: deque[bytes], lines: Iterator[bytes]) -> bool:
         if len(batch) >= BATCH or time.monotonic() > end:
             return True
     return False
-
-
-def _check_directory(path: str) -> None:
-    """Raise what os.chdir(path) would: the same permission is needed to look at what is in it."""
-    os.stat(os.path.join(path, os.curdir))
 
 
 _directory_of_the_process = _allocate_lock()

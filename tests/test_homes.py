@@ -134,6 +134,27 @@ def test_paths_are_real_as_always(home: Path, monkeypatch: pytest.MonkeyPatch) -
     assert fs.realpath(deep) == deep
 
 
+def test_cwd_leaves_the_process_where_it_is(home: Path) -> None:
+    """A file system over this one may wait in there, while other sessions have relative paths."""
+    where = []
+
+    class Watching(HomeFS):
+        def fs2ftp(self, fspath: str) -> str:
+            where.append(os.getcwd())
+            return super().fs2ftp(fspath)
+
+    before = os.getcwd()
+    with (
+        started(handler_class(users(home), abstracted_fs=Watching)) as server,
+        Client(server) as client,
+    ):
+        client.command("CWD d", "250")
+        client.command("CWD file", "550 Not a directory.")
+        client.command("CWD none", "550 No such file or directory.")
+        assert client.command("PWD", "257") == '257 "/d" is the current directory.'
+    assert set(where) == {before}
+
+
 def test_a_path_too_long_is_refused(home: Path) -> None:
     with started(handler_class(users(home))) as server, Client(server) as client:
         client.command(f"SIZE {'n' * 1000}", "550")

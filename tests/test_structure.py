@@ -84,7 +84,7 @@ ARROWS = {
     "hubs": set(),
     "listeners": set(),
     "monitor": set(),
-    "offload": {"blocks", "threads"},
+    "offload": {"blocks", "homes", "threads"},
     "virtual": {"streams"},
     "streams": {"turns"},
     "pipelining": {"turns"},

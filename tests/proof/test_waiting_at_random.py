@@ -30,11 +30,11 @@ import hypothesis.strategies as st
 import psutil
 import pytest
 from conftest import Effort
-from driver import TRANSFERS, Driver, Illegal, Reply
+from driver import LATE, TRANSFERS, Driver, Illegal, Reply
 from gevent.event import Event
 from grammar import NAMES
 from hypothesis import HealthCheck, Phase, given, settings
-from legal import GOING, name_of
+from legal import GOING, first_codes, name_of
 from pyftpdlib.handlers import FTPHandler
 from served import fill, served
 from support import Client, eventually, handler_class, serving, users
@@ -159,9 +159,20 @@ class Victim(Driver):
             replies = [each for each in replies if each[0] not in GOING]
         if self.seen is not None and "abort" in self.seen.faults:
             replies = self.without_aborts(line, replies)
-        if len(replies) == 1 and replies[0][0] in FAILURES and not self.owed and self.has_failed():
+        if self.has_failed() and self.takes_failure(line, replies):
             return
         super().understand(line, replies)
+
+    def takes_failure(self, line: bytes, replies: list[Reply]) -> bool:
+        """Whether one of *replies* is an error of the program, and the command's; the others were owed."""
+        if any(code in first_codes(line) for code, _ in replies) or (name_of(line) in LATE and self.owed):
+            return False
+        for index, (code, _) in enumerate(replies):
+            others = [*replies[:index], *replies[index + 1 :]]
+            if code in FAILURES and self.all_owed(others):
+                self.settle(others)
+                return True
+        return False
 
     def all_owed(self, replies: list[Reply], transfer: set[int] | None = None) -> bool:
         return super().all_owed([each for each in replies if each[0] not in GOING], transfer)
