@@ -141,7 +141,8 @@ def test_cwd_leaves_the_process_where_it_is(home: Path) -> None:
     class Watching(HomeFS):
         def fs2ftp(self, fspath: str) -> str:
             where.append(os.getcwd())
-            return super().fs2ftp(fspath)
+            found: str = super().fs2ftp(fspath)
+            return found
 
     before = os.getcwd()
     with (
