@@ -30,7 +30,8 @@ from OpenSSL import SSL, crypto
 from pyftpdlib.log import logger
 
 from bridge.certificates import Identity
-from bridge.handlers import GOODBYE, TRANSFERS
+from bridge.endings import TRANSFERS
+from bridge.handlers import GOODBYE
 from bridge.options import UsageError
 from bridge.receiving import is_bare_eof
 

@@ -85,6 +85,7 @@ class Mischief:
 
     *seed* decides; *rates*: by address, the part of the calls that fail. *careful*: only wait where pyftpdlib
     does not survive a failure: in CLOSING, and when the session has ended (it forgets the rest of the end).
+    And no login is refused, since its 530 comes when the next command may have had its reply.
     """
 
     def __init__(self, seed: int, rates: dict[str, float], careful: bool = False) -> None:
@@ -204,7 +205,7 @@ class Mischief:
 
     def fail(self, seen: Seen, name: str, chance: random.Random) -> None:
         seen.faults.add("error")
-        if name == "validate_authentication" and chance.random() < 0.5:
+        if name == "validate_authentication" and chance.random() < 0.5 and not self.careful:
             raise AuthenticationFailed(MARK)
         if chance.random() < 0.2:
             raise FilesystemError(MARK) if name in FILES else ValueError(MARK)
