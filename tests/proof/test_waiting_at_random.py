@@ -183,8 +183,11 @@ class Victim(Driver):
     def without_aborts(self, line: bytes, replies: list[Reply]) -> list[Reply]:
         """What tells that `abort_transfer` has ended a command's turn becomes what every command may have."""
         begun = "transfer" in self.owed or any(code in (125, 150) for code, _ in replies)
-        aborts = {f"451 {MARK}"} | ({f"426 {MARK}"} if name_of(line) in TRANSFERS and not begun else set())
-        return [(500 if text in aborts else code, text) for code, text in replies]
+        aborts = [index for index, (_, text) in enumerate(replies) if text == f"426 {MARK}"]
+        if name_of(line) not in TRANSFERS or (begun and len(aborts) < 2):
+            aborts = []  # that of the transfer before; of two, the first is the command's
+        own = {*aborts[:1], *(index for index, (_, text) in enumerate(replies) if text == f"451 {MARK}")}
+        return [(500 if index in own else code, text) for index, (code, text) in enumerate(replies)]
 
     def check_end(self, line: bytes) -> None:
         """Without a word only if the program has raised."""
