@@ -19,6 +19,8 @@ A mix-in for control connections, part of `handlers.SessionMixin`; a leaf of the
 - **A path that changes while it is looked at is 550.** os.path.realpath() raises FileNotFoundError when a
   link goes that was there (Python 3.11), and pyftpdlib ends the session, with a traceback. So is one that
   cannot be looked at (homes.py).
+- **A listing of STAT that fails ends the session**, and the log says why: the reply's code, 213, has been
+  said, and whatever else came would be taken for a part of it.
 - **SITE CHMOD sets no set-user-id and no set-group-id bit**: whoever may run the file would be the server's
   user.
 """
@@ -27,9 +29,12 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.log import logger
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
@@ -66,6 +71,26 @@ class Lines:
     def more(self) -> bytes:
         """The next lines; empty at the end."""
         return _BREAK_BYTES.sub(b"?", self._producer.more())
+
+
+class _Unfinished(Exception):
+    """A reply of several lines that cannot go on."""
+
+
+class _Status(Lines):
+    """STAT's listing. *failed*: called with its error."""
+
+    def __init__(self, producer: Any, failed: Callable[[Exception], None]) -> None:
+        super().__init__(producer)
+        self._failed = failed
+
+    def more(self) -> bytes:
+        """The next lines; empty at the end."""
+        try:
+            return super().more()
+        except (OSError, FilesystemError) as error:
+            self._failed(error)
+            raise _Unfinished from error
 
 
 class StrictMixin(_FTPHandler):
@@ -155,8 +180,18 @@ class StrictMixin(_FTPHandler):
         super().push(_BREAK.sub("?", data))
 
     def push_with_producer(self, producer: Any) -> None:
-        """As pyftpdlib; this is STAT's listing."""
-        super().push_with_producer(Lines(producer))
+        """As pyftpdlib; this is STAT's listing. If that fails, the session ends."""
+        super().push_with_producer(_Status(producer, self._status_failed))
+
+    def _status_failed(self, error: Exception) -> None:
+        self.log(f"STAT ends the session, for its listing failed: {error}", logfun=logger.warning)
+
+    def handle_error(self) -> None:
+        """As pyftpdlib; a reply that cannot go on has been told."""
+        if isinstance(sys.exc_info()[1], _Unfinished):
+            self.handle_close()
+        else:
+            super().handle_error()
 
     def push_dtp_data(self, data: Any, isproducer: bool = False, file: Any = None, cmd: Any = None) -> None:
         """As pyftpdlib; listings have a line for each name."""

@@ -121,6 +121,28 @@ def test_a_path_that_changes_meanwhile_is_550(home: Path, look: int) -> None:
 # --- line breaks
 
 
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.ETIMEDOUT, errno.ENOENT])
+@pytest.mark.parametrize("good", [1, 50])  # STAT sends 20 at a time
+def test_a_status_that_cannot_be_finished_ends_the_session(
+    home: Path, good: int, error: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing else would tell: the code of its first line holds for all of them."""
+
+    class Failing(AbstractedFS):
+        def format_list(self, *args: Any, **kwargs: Any) -> Any:
+            yield from list(super().format_list(*args, **kwargs)) * good
+            raise OSError(error, "on purpose")
+
+    with serving(home, abstracted_fs=Failing) as server, Client(server) as client, Client(server) as other:
+        client.send("STAT /")
+        heard = client.file.readlines()
+        assert heard.pop(0).startswith(b"213-")
+        assert all(line.startswith(b"-r") for line in heard)
+        other.command("NOOP", "200")
+    assert "on purpose" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["d\n200 x", "d\r200 x", "\n", "d\n\r200"])
 def test_a_name_adds_no_line_to_replies_and_listings(home: Path, name: str) -> None:
     shown = name.replace("\n", "?").replace("\r", "?")
