@@ -421,7 +421,7 @@ class GeventIOLoop(_IOLoop):
 
     def _handle_call(self, call: Call) -> None:
         """One turn for one due call: what pyftpdlib's scheduler does."""
-        if call.cancelled:
+        if call.cancelled or self.sched.put_back(call):  # by the turn that its session had
             return
         try:
             call.call()

@@ -180,6 +180,13 @@ class Scheduler(_Scheduler):
         elif self._cancellations > 512 and self._cancellations > len(self._tasks) >> 1:
             self.reheapify()
 
+    def put_back(self, call: Call) -> bool:
+        """Whether *call*, which was due, has been `reset()` since; then it is in the heap again."""
+        if not call._repush or call.timeout <= monotonic():
+            return False
+        self.register(call)
+        return True
+
     def poll(self) -> float | None:
         """Run what is due and return the seconds to the next call, or None if there is none.
 
@@ -265,9 +272,7 @@ class Scheduler(_Scheduler):
         for call in self._due():
             if call.cancelled:  # by one before it
                 continue
-            if call._repush and call.timeout > monotonic():  # reset by one before it
-                self._push(call)
-            else:
+            if not self.put_back(call):  # (reset by one before it)
                 self._run(call)
         if self._hub is not None and self._timer is None and self.next_delay() is not None:
             self._arm()

@@ -15,6 +15,7 @@ import pytest
 from fakes import RecordingHandler
 from gevent import monkey
 from gevent.event import Event
+from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.ioloop import AsyncChat
 from support import Client, eventually, handler_class, serving, users
 
@@ -180,6 +181,27 @@ def test_a_call_may_reset_one_that_is_due_with_it(ioloop: GeventIOLoop) -> None:
     run(ioloop, done)
     assert order == ["third"]
     second.cancel()
+
+
+def test_a_turn_may_reset_a_call_that_came_due_while_it_waited(tmp_path: Path) -> None:
+    """As a transfer does with its idle timer, when a write has waited for longer than that."""
+    calls: list[Any] = []
+
+    class Handler(FTPHandler):
+        def ftp_STAT(self, line: str) -> None:
+            call: Any = self.ioloop.call_later(0.01, self.respond, "421 Too late.")
+            calls.append(call)
+            while call.in_heap:  # then it is due, and its turn comes after this one
+                gevent.sleep(0.005)
+            call._delay = 60
+            call.reset()
+            self.respond("211 Done.")
+
+    with serving(handler_class(users(tmp_path), Handler)) as server, Client(server) as client:
+        client.command("STAT", "211")
+        client.command("NOOP", "200")
+        assert calls[0].in_heap
+        assert not calls[0].cancelled
 
 
 def test_a_reset_call_does_not_hide_one_that_is_due(ioloop: GeventIOLoop) -> None:

@@ -24,8 +24,9 @@ from bridge import current_session
 #: The address from which the witness comes: its calls wait, but never fail.
 WITNESS = "127.0.0.1"
 
-#: Seconds that something waits for a timer, at most: long enough for the hub to do something else meanwhile.
-NAP = 0.003
+#: Seconds that something waits for a timer, at least (libuv's unit) and at most: long enough for the hub to
+#: do something else meanwhile.
+NAPS = 0.001, 0.003
 
 #: Passes of the hub that something waits for another greenlet, at most.
 PASSES = 5
@@ -189,7 +190,7 @@ class Mischief:
             raise gevent.Timeout(None, gevent.Timeout(None, MARK))
         if fails and how == "forgotten":
             seen.faults.add("kill")
-            gevent.Timeout.start_new(chance.random() * NAP)
+            gevent.Timeout.start_new(chance.uniform(*NAPS))
         if fails and how == "kill":
             error = chance.choice((gevent.GreenletExit, gevent.Timeout))
             self.helpers.spawn(self.kill, seen, gevent.getcurrent(), error, chance.randint(0, PASSES))
@@ -218,12 +219,13 @@ class Mischief:
         if how == "passes":
             _pass(chance.randint(1, PASSES))
         elif how == "nap":
-            gevent.sleep(chance.random() * NAP)
+            gevent.sleep(chance.uniform(*NAPS))
         else:
-            event = Event()
+            event, latest = Event(), 0.0
             if how == "another":
+                latest = NAPS[1]
                 self.curious.append((seen, event))
-            self.helpers.spawn(self.set, event, NAP if how == "another" else 0.0, chance.randint(0, PASSES))
+            self.helpers.spawn(self.set, event, latest, chance.randint(0, PASSES))
             event.wait()
             self.curious = [each for each in self.curious if each[1] is not event]
 
