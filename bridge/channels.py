@@ -187,8 +187,7 @@ class Registration:
 
     def _on_ready(self, events: int) -> None:
         ioloop = self.ioloop
-        if ioloop._passes is None and not ioloop._ready:
-            ioloop._hub.loop.run_callback(ioloop._on_pass)
+        ioloop.expect_pass()
         ioloop._ready.append(self)
         self.ready = events
 
@@ -306,6 +305,7 @@ class Registration:
         elif self.watcher is not None:
             self.accepts = min(_waiting(self.channel.socket), ACCEPTS - 1)
             if self.accepts:
+                self.ioloop.expect_pass()  # this turn may have waited, and nobody be there to go on with them
                 self.ioloop._turns.again(self, self.accepts)
 
     def _handle_error(self) -> None:

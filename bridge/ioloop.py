@@ -374,6 +374,11 @@ class GeventIOLoop(_IOLoop):
         if interrupt and worker is not None:
             worker.throw(Interrupt)
 
+    def expect_pass(self) -> None:
+        """Something is about to be ready, perhaps the first in this pass."""
+        if self._passes is None and not self._ready:
+            self._hub.loop.run_callback(self._on_pass)
+
     def _on_pass(self) -> None:
         """Serve the channels that became ready in one pass of the hub, in the order they did."""
         ready = self._ready

@@ -13,10 +13,11 @@ from typing import Any
 import gevent
 import pyftpdlib.handlers
 import pytest
+from fakes import Gate
 from gevent import monkey
 from pyftpdlib.ioloop import Acceptor
 from pyftpdlib.servers import FTPServer
-from support import Client, eventually, handler_class, serving, users
+from support import PATIENCE, Client, eventually, handler_class, serving, users
 
 from bridge import GeventFTPServer, GeventIOLoop, channels, current_session, turns
 from bridge.sockets import NativeSocket
@@ -251,6 +252,28 @@ def test_one_event_accepts_several_connections(tmp_path: Any, passes: list[int])
             stack.enter_context(gevent.socket.socket(fileno=client.detach())).recv(4)
     assert len(accepted) == 20
     assert len(set(accepted)) < 10  # the kernel may still be at the handshakes of some
+
+
+def test_who_connects_when_an_accept_goes_on_that_waited_is_accepted(tmp_path: Any) -> None:
+    """On libuv, and libev by way of CFFI, nobody served what it made ready, nor anything after that."""
+    gate = Gate()
+
+    class Handler(pyftpdlib.handlers.FTPHandler):
+        def on_connect(self) -> None:
+            if not gate.arrivals:
+                gate.wait()
+
+    with serving(handler_class(users(tmp_path), Handler)) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(native_socket()) for _ in range(3)]
+        clients[0].connect(server.address)
+        gate.arrived()
+        clients[1].connect(server.address)
+        clients[2].connect(server.address)
+        gate.open()  # goes on before the hub looks at its sockets
+        for client in clients:
+            ours = stack.enter_context(gevent.socket.socket(fileno=client.detach()))
+            ours.settimeout(PATIENCE)
+            assert ours.recv(3) == b"220"
 
 
 # --- native sockets where gevent's are handed over
