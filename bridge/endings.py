@@ -7,6 +7,7 @@ What differs from pyftpdlib, and why:
   client gives up. pyftpdlib says 421, goes on, and starts the old transfer on the next data connection.
 - **A transfer that has begun has an end**: 426 if the client asks for another data connection meanwhile, or
   ABORs before the first byte; pyftpdlib closes the file and says nothing.
+- **QUIT waits for a transfer**, but not for a data connection that has none (pyftpdlib: 300 s).
 - **One transfer at a time; else 503.** pyftpdlib gives the running one another file, and may then send from
   the first one's descriptor: closed, and by now perhaps another user's file (seen).
 - **An upload that has failed is removed** if `keep_incomplete_uploads` says so, unless it was there before.
@@ -181,6 +182,14 @@ class EndingMixin(_FTPHandler):
                 self._out_dtp_queue = None
                 if file is not None:
                     file.close()
+
+    def ftp_QUIT(self, line: str) -> None:
+        """As pyftpdlib; a data connection that has no transfer is not waited for."""
+        channel = self.data_channel
+        if channel is not None and not transferring(self):
+            channel._error = True  # as above
+            channel.close()
+        super().ftp_QUIT(line)
 
     def ftp_ABOR(self, line: str) -> None:
         """As pyftpdlib; also ends a transfer that waits for its data connection, or for its first byte."""

@@ -53,6 +53,18 @@ def test_what_follows_an_active_transfer_leaves_other_sessions_alone(tmp_path: P
             assert second.recv(100).startswith(b"200")
 
 
+def test_quit_does_not_wait_for_a_data_connection_without_a_transfer(tmp_path: Path) -> None:
+    """Nor for what was sent on it for a transfer that was refused; pyftpdlib says 421 after 300 s."""
+    with started(handler_class(users(tmp_path))) as server, Client(server) as client, client.data() as data:
+        data.sendall(b"content")
+        client.command("STOR /", "550")
+        client.command("QUIT", "221")
+        assert client.ended()
+        data.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionResetError):
+            assert data.recv(1) == b""
+
+
 def test_empty_lines_in_ascii_mode_do_not_block_the_hub(tmp_path: Path) -> None:
     """pyftpdlib inserts each CR for itself: 0.12 s for 64 KiB of line feeds (conftest's guard notices)."""
     (tmp_path / "text").write_bytes(b"\n" * 65535 + b"\r" + b"\n" * 100_000)  # a CRLF in two chunks

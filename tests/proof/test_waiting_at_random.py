@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,9 @@ class Victim(Driver):
         super().__init__(address, AnyTree(), source)
 
     def expect(self, reply: Reply | None, codes: set[int]) -> Reply:
+        if codes == GOING and reply is not None and reply[0] in FAILURES and self.has_failed():
+            self.sock.shutdown(socket.SHUT_RDWR)  # QUIT was refused: the client goes all the same
+            return reply
         if codes != {220}:
             return super().expect(reply, codes)
         self.seen = self.mischief.of(self.local_port)
