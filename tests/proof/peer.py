@@ -19,6 +19,8 @@ from pyftpdlib.handlers import FTPHandler
 from sequences import await_or_fail
 from support import PATIENCE, encrypted
 
+from bridge.transfers import TransferMixin
+
 #: No server knows this command. Its reply comes when everything before has been replied to.
 FENCE = "FENCE"
 
@@ -193,6 +195,8 @@ class Peer:
         except OSError:
             pass
         self.sent += len(content)
+        if content and isinstance(channel, TransferMixin) and not (channel.receive or channel._closed):
+            return ["kept for a command", *self.until_fence()]
         if content:  # who receives nothing hangs up instead
             self.wait(
                 lambda: channel._closed or (channel.receive and channel.tot_bytes_received >= self.sent),

@@ -140,6 +140,13 @@ EXCEPTIONS = [
         "end",
     ),
     Exception_(
+        "What comes before its STOR is kept for it.",
+        [*PASSIVE, ("send_data", b"some")],
+        "",
+        "kept for a command",
+        "send_data",
+    ),
+    Exception_(
         "In ASCII mode each line ends with CRLF, also the first one if the last byte of a piece is a CR.",
         [*PASSIVE, *_line(b"STOR new"), ("send_data", b"\nx\r"), ("end", "close"), *TEXT],
         r"1.*\ndata: \n.*",
