@@ -138,7 +138,7 @@ class Victim(Driver):
             return reply
         if codes != {220}:
             return super().expect(reply, codes)
-        self.seen = self.mischief.of(self.local_port)
+        self.seen = self.mischief.of(*self.sock.getsockname()[:2])
         if reply is None or reply[0] == 421:
             self.ended = True
             self.check_end(b"(connect)")

@@ -104,9 +104,10 @@ class Mischief:
         self.held: Event | None = None
         self.holding = 0
 
-    def of(self, port: int) -> Seen | None:
-        """The last session with a client at *port*."""
-        return next((each for each in reversed(self.sessions.values()) if each.port == port), None)
+    def of(self, address: str, port: int) -> Seen | None:
+        """The last session with the client that is there."""
+        there = [each for each in self.sessions.values() if (each.address, each.port) == (address, port)]
+        return there[-1] if there else None
 
     # --- runs in a worker greenlet: may wait
 
