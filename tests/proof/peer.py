@@ -143,12 +143,13 @@ class Peer:
         except OSError:
             return [*ended, "nobody listens", *self.until_fence()]
         self.wait(lambda: self.handler._dtp_acceptor is None, "the data connection is not accepted")
-        return ended + self.connected(pending) + self.until_fence()
+        return ended + self.connected(pending=pending) + self.until_fence()
 
     def active(self, line: bytes) -> list[str]:
         """PORT or EPRT to a listener of ours; *line* has a %s for the address."""
+        if self.handler._out_dtp_queue is not None or self.handler._in_dtp_queue is not None:
+            return ["not sent"]  # pyftpdlib forgets the connection it makes for what has waited for it
         ended = self.end("close") if self.data is not None else []
-        pending = self.handler._out_dtp_queue is not None
         with gevent.socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen()
@@ -158,10 +159,10 @@ class Peer:
             replies = self.first_replies()
             if replies[-1].startswith("200"):
                 self.data = listener.accept()[0]
-                replies += self.connected(pending and len(replies) == 1)  # or it has been ended
+                replies += self.connected(pending=False)
         return ended + replies + self.until_fence()
 
-    def connected(self, pending: bool) -> list[str]:
+    def connected(self, *, pending: bool) -> list[str]:
         """*pending*: a transfer has waited for this connection, and sends."""
         self.sent = 0
         self.data.settimeout(PATIENCE)
