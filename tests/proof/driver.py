@@ -28,6 +28,8 @@ LATE = {
     **dict.fromkeys(("PORT", "EPRT"), ("connect", CONNECTS)),
     **dict.fromkeys(("HASH", "XCRC", "XMD5", "XSHA1", "XSHA256", "XSHA512"), ("hash", HASHES)),
 }
+#: Of all that may have these codes, which it is.
+LIKELY = {200: ("connect", "transfer", "hash"), 250: ("hash", "transfer", "connect")}
 UPLOADS = frozenset({"STOR", "STOU", "APPE"})
 TRANSFERS = UPLOADS | {"RETR", "LIST", "NLST", "MLSD"}
 
@@ -187,8 +189,7 @@ class Driver:
             if not replies:
                 return []
             code = replies[0][0]
-            order = ("connect", "transfer", "hash") if code == 200 else ("transfer", "hash", "connect")
-            for kind in order:
+            for kind in LIKELY.get(code, ("transfer", "hash", "connect")):
                 if kind in left and code in owed[kind]:
                     others = kinds_of(replies[1:], left - {kind})
                     if others is not None:

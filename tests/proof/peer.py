@@ -101,9 +101,11 @@ class Peer:
         if self.ended:
             return replies
         self.send(FENCE.encode())
-        while (reply := self.reply()) != f'500 Command "{FENCE}" not understood.':
-            replies.append(reply)
-            if self.ended:
+        while not self.ended:
+            reply, fence, _ = self.reply().partition(f'500 Command "{FENCE}" not understood.')
+            if reply:  # behind it only if pyftpdlib's had a line break in it
+                replies.append(reply)
+            if fence:
                 break
         return replies
 
