@@ -187,7 +187,7 @@ class EndingMixin(_FTPHandler):
         """As pyftpdlib; a data connection that has no transfer is not waited for."""
         channel = self.data_channel
         if channel is not None and not transferring(self):
-            channel._error = True  # as above
+            channel._error = True  # no TLS shutdown
             channel.close()
         super().ftp_QUIT(line)
 
