@@ -100,7 +100,7 @@ EXCEPTIONS = [
         "A transfer that was given a 150 has an end: by ABOR.",
         _line(b"LIST", b"ABOR"),
         "225 .*",
-        r"426 Transfer aborted via ABOR\.\n226 ABOR command successful\.",
+        r"426 Transfer aborted( via ABOR)?\.\n226 ABOR command successful\.",
         "ABOR",
     ),
     Exception_(
@@ -130,6 +130,14 @@ EXCEPTIONS = [
         ".*",
         r"(no data connection\n)?530 Log in with USER and PASS first\.|503 Login with USER first\."
         r"|331 Username ok, .*|211-.*Waiting for username\..*",
+        after="encrypt",
+    ),
+    Exception_(
+        "After AUTH one has no data connection.",
+        [*PASSIVE, ("encrypt",), ("send_data", b"some")],
+        "",
+        "no data connection",
+        "send_data|end",
         after="encrypt",
     ),
     Exception_(
