@@ -13,6 +13,7 @@ a busy machine it names greenlets that did nothing but stand in the kernel's que
 | system calls that wait (sleep, a lock, a pipe), if the monitor saw where | yes |
 | pyftpdlib's file system or AtomicFS waiting for the disk (README says so): as slow as the machine's | no |
 | the GIL while another thread runs with it: the hub stands still all the same | yes |
+| Python's cycle collector: what tests and hypothesis have made is most of what it looks at | no |
 | this thread in the kernel's queue for a processor | no |
 | another thread in that queue, which may hold the GIL: nothing tells whether it does | no |
 | a processor that the hypervisor lends to others (steal) | no |
@@ -29,6 +30,7 @@ the main greenlet starts up and then waits for the end.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
@@ -128,6 +130,8 @@ class Watch:
         #: When the greenlet that runs was switched to (`time.perf_counter()`), and this thread's CPU seconds
         #: then.
         self._entered = self._used = 0.0
+        #: Seconds that were spent with collecting garbage since then, and when the last time began.
+        self._collected = self._collecting = 0.0
         #: The last reading of `queued`, and when.
         self._queued: dict[str, float] = {}
         self._read = 0.0
@@ -164,10 +168,12 @@ class Watch:
         self._used = time.thread_time()
         self._running = greenlet.getcurrent()
         self._previous = greenlet.settrace(self._on_switch)
+        gc.callbacks.append(self._on_collection)
 
     def stop(self) -> None:
         """Watch no more."""
         greenlet.settrace(self._previous)
+        gc.callbacks.remove(self._on_collection)
         self._running = None
 
     # --- runs in the hub's thread, in the greenlet that was switched to
@@ -184,8 +190,16 @@ class Watch:
             self._queued = queued()
             self._read = time.perf_counter()
         self._running = target
+        self._collected = 0.0
         self._used = time.thread_time()
         self._entered = time.perf_counter()
+
+    def _on_collection(self, phase: str, info: dict[str, int]) -> None:
+        now = time.perf_counter()  # (in whatever thread: it has the GIL)
+        if phase == "start":
+            self._collecting = now
+        else:
+            self._collected += now - self._collecting
 
     def _measure(
         self, origin: Any, now: float, entered: float, who: str, stack: list[traceback.FrameSummary]
@@ -198,6 +212,7 @@ class Watch:
             who, stack = "", []
         if not stack or stack[-1].filename.endswith(_DISK):
             seconds = used
+        seconds -= self._collected
         if seconds > LIMIT:
             self._on_block(Block(seconds, used, who or repr(origin), "".join(traceback.format_list(stack))))
 

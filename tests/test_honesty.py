@@ -31,7 +31,7 @@ def compute(seconds, enough=lambda: True):
 """
 
 CASES = """
-import subprocess, sys
+import gc, subprocess, sys
 import conftest, gevent, pytest
 from honesty import queued_since
 from pyftpdlib.handlers import FTPHandler
@@ -84,6 +84,13 @@ def test_waits_for_a_thread(tmp_path):
 
 def test_takes_half_as_long(tmp_path):
     stat(tmp_path, time.sleep, 0.03)
+
+def test_collects_garbage(tmp_path):
+    def collect():
+        end = time.thread_time() + 0.06
+        while time.thread_time() < end:
+            gc.collect()
+    stat(tmp_path, collect)
 
 def test_client_blocks(tmp_path):
     stat(tmp_path, gevent.sleep, 0)
@@ -145,6 +152,7 @@ def test_what_blocks_for_60_ms_fails(outcomes: dict[str, str], case: str, who: s
         "test_waits",
         "test_waits_for_a_thread",
         "test_takes_half_as_long",
+        "test_collects_garbage",
         "test_client_blocks",
         "test_program_waits",
     ],

@@ -50,4 +50,5 @@ def settings_of(effort: Effort, examples: dict[str, int], steps: int = 30) -> se
         database=None,
         phases=[Phase.generate, Phase.shrink] if effort == "long" else [Phase.generate],
         suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
     )

@@ -478,5 +478,6 @@ def test_invariants(loop_class: type[Loop], slices: bool, effort: Effort) -> Non
             derandomize=effort == "short",
             database=None,
             suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False,
         ),
     )

@@ -501,6 +501,7 @@ def test_sessions_keep_their_order_and_leave_others_alone(
             derandomize=effort == "short",
             database=None,
             suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False,
             phases=[Phase.explicit, Phase.generate],
         )
         @given(seed=st.integers(0, 1 << 32), clients=clients)
