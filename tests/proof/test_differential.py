@@ -90,6 +90,12 @@ EXCEPTIONS = [
         r".*\?.*",
     ),
     Exception_(
+        "A name that is too long is called that.",
+        _line(b"MDTM " + b"A" * 300),
+        "550 .*",
+        r"550 File name too long\.",
+    ),
+    Exception_(
         "One transfer at a time.",
         _line(b"LIST", b"NLST"),
         ".*",
