@@ -11,7 +11,7 @@ a busy machine it names greenlets that did nothing but stand in the kernel's que
 |---|---|
 | its CPU time | yes |
 | system calls that wait (sleep, a lock, a pipe), if the monitor saw where | yes |
-| pyftpdlib's file system or AtomicFS waiting for the disk (README says so): as slow as the machine's | no |
+| files that are not offloaded waiting for the disk (README says so): as slow as the machine's | no |
 | the GIL while another thread runs with it: the hub stands still all the same | yes |
 | Python's cycle collector: what tests and hypothesis have made is most of what it looks at | no |
 | this thread in the kernel's queue for a processor | no |
@@ -61,8 +61,15 @@ FRESH = 0.005
 DEPTH = 12
 
 _HERE = str(Path(__file__).parent) + os.sep
-#: Where pyftpdlib and AtomicFS call the kernel for files.
-_DISK = (os.path.join("pyftpdlib", "filesystems.py"), os.path.join("bridge", "uploads.py"))
+#: Where pyftpdlib and bridge call the kernel for files, or for sockets that do not block.
+_DISK = tuple(
+    path.replace("/", os.sep)
+    for path in (
+        *("pyftpdlib/filesystems.py", "pyftpdlib/handlers/ftp/data.py"),
+        *("pyftpdlib/handlers/ftp/producers.py", "bridge/blocks.py", "bridge/confined.py", "bridge/homes.py"),
+        *("bridge/receiving.py", "bridge/replacing.py", "bridge/transfers.py", "bridge/uploads.py"),
+    )
+)
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
