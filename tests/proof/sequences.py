@@ -37,6 +37,11 @@ def await_or_fail(condition: Callable[[], object], otherwise: Callable[[], str])
         raise AssertionError(otherwise()) from None
 
 
+def no_more(now: tuple[int, ...], before: tuple[int, ...]) -> bool:
+    """Whether of all that is counted no more is there; less may be: a thread of passwords has ended."""
+    return all(count <= then for count, then in zip(now, before, strict=True))
+
+
 def settings_of(effort: Effort, examples: dict[str, int], steps: int = 30) -> settings:
     """The same sequences each time in the short form; others with each run of the rest.
 

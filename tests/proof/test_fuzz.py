@@ -27,7 +27,7 @@ import pytest
 from conftest import Effort
 from driver import Driver
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
-from sequences import await_or_fail, sequences, settings_of
+from sequences import await_or_fail, no_more, sequences, settings_of
 from served import QUOTA, Served, fill, served, tree_of
 from support import eventually
 from tree import Tree, differences
@@ -187,7 +187,8 @@ class Machine(RuleBasedStateMachine):
         log = self.target.log()[self.logged :]
         assert "Traceback" not in log, f"{log}\n{story}"
         await_or_fail(
-            lambda: self.resources() == self.before, lambda: f"{self.resources()}, not {self.before}\n{story}"
+            lambda: no_more(self.resources(), self.before),
+            lambda: f"{self.resources()}, more than {self.before}\n{story}",
         )
         problems = differences(self.tree.files, tree_of(self.target.home))
         assert not problems, f"{problems}\n{story}"

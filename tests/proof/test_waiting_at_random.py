@@ -37,6 +37,7 @@ from grammar import NAMES
 from hypothesis import HealthCheck, Phase, given, settings
 from legal import GOING, first_codes, name_of
 from pyftpdlib.handlers import FTPHandler
+from sequences import no_more
 from served import fill, served
 from support import Client, eventually, handler_class, serving, users
 from tree import Tree
@@ -432,12 +433,8 @@ class Example:
         self.mischief.helpers.join()
         self.target.interleaved += self.mischief.interleaved
 
-    def nothing_left(self) -> bool:
-        """Less may be there: a thread of passwords that has ended since."""
-        return all(now <= then for now, then in zip(self.target.resources(), self.before, strict=True))
-
     def check(self) -> None:
-        eventually(self.nothing_left)
+        eventually(lambda: no_more(self.target.resources(), self.before))
         assert not self.mischief.problems
         assert all(file.closed for file in self.mischief.files)
         for session in self.sessions():
