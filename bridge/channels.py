@@ -12,6 +12,8 @@ registers: a listener, a control connection, a data connection, an acceptor for 
 - One event of a data connection moves several of pyftpdlib's blocks of 64 KiB, as long as they are full: 0.80
   of the CPU for a RETR over one, 0.92 for a STOR. One event of a listener accepts as many connections as the
   kernel says are waiting: 0.95 for logins of 50 clients at once.
+- A descriptor that is closed is not watched: libev and libuv abort the whole process when they find out. It
+  takes a client that leaves at once: pyftpdlib's ThreadedFTPServer then registers what is closed already.
 - A TLS handshake is watched for what it waits for and nothing else. pyftpdlib goes on watching for what it
   would like to do afterwards, writing above all, which a socket is always ready for.
 """
@@ -23,6 +25,7 @@ import errno
 import logging
 import socket
 import sys
+from fcntl import F_GETFD, fcntl
 from typing import TYPE_CHECKING, Any
 
 from gevent import GreenletExit, Timeout, getcurrent
@@ -99,6 +102,7 @@ class Registration:
     )
 
     def __init__(self, ioloop: GeventIOLoop, fd: int, channel: Any, events: int) -> None:
+        fcntl(fd, F_GETFD)  # raises OSError (EBADF) if it is not open
         self.ioloop = ioloop
         self.fd = fd
         self.channel = channel
@@ -145,6 +149,12 @@ class Registration:
     def _start(self) -> None:
         """Start the watcher, which is not active; without Python code for each event, where possible."""
         ioloop = self.ioloop
+        try:
+            fcntl(self.fd, F_GETFD)
+        except OSError:  # closed since, behind our back: the channel finds out when it is served
+            ioloop._hub.loop.run_callback(ioloop._on_pass)
+            ioloop._ready.append(self)
+            return
         if ioloop._passes is not None and (self.handshake or self.events) != READ | WRITE:
             self.watcher.start(ioloop._enqueue, self)
         else:

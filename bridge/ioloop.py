@@ -508,8 +508,9 @@ class GeventIOLoop(_IOLoop):
         for registration in list(self._registrations.values()):
             try:
                 registration.attach(hub, self._turns)
-            except OSError as error:
+            except OSError as error:  # closed since it was registered
                 log.debug("%r cannot be watched: %s", registration.channel, error)
+                hub.loop.run_callback(self._on_submit, registration.channel.handle_close, (), False)
         self.sched.attach(hub)
         log.debug("%r runs on %s", self, _describe(hub))
         return hub

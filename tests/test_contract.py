@@ -371,6 +371,28 @@ def test_threaded_server(loop_class: Any, tmp_path: Path) -> None:
             assert one.pwd() == two.pwd()
 
 
+def test_a_client_that_has_left_when_its_thread_begins(tmp_path: Path) -> None:
+    """Its thread registers what is closed: libev aborted the process."""
+
+    class Handler(FTPHandler):
+        def handle(self) -> None:
+            super().handle()
+            if not left:
+                left.append(self)
+                self.close()  # as when the 220 meets a connection that was reset
+
+    left: list[Any] = []
+    server_class = type("Threaded", (ThreadedFTPServer,), {"poll_timeout": 0.01})
+    handler = handler_class(users(tmp_path), Handler)
+    with serving_in_thread(handler, GeventIOLoop, server_class=server_class) as server:
+        with contextlib.closing(socket.create_connection(server.address, PATIENCE)) as first:
+            assert first.recv(3) == b"220"
+            assert first.makefile("rb").read()
+        with connected(server) as client:
+            transfer(client, tmp_path)
+    assert left
+
+
 def test_multiprocess_server(loop_class: Any, tmp_path: Path) -> None:
     if loop_class is not GeventIOLoop and monkey.is_module_patched("os"):
         pytest.skip("MultiprocessFTPServer on pyftpdlib's own loops does not stand patch_all()")

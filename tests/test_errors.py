@@ -245,6 +245,37 @@ def test_a_listener_survives_the_lack_of_descriptors(
     assert "RLIMIT_NOFILE" in lines[0]
 
 
+@pytest.mark.parametrize("when", ["before the loop has a hub", "before the hub runs", "while it is watched"])
+def test_a_descriptor_that_is_closed_is_not_watched(when: str) -> None:
+    """libev and libuv would abort the process."""
+    ended = []
+
+    class Chat(AsyncChat):
+        def handle_close(self) -> None:
+            ended.append(self)
+            self.close()
+
+    ours, theirs = socket.socketpair()
+    with theirs, GeventIOLoop() as ioloop:
+        chat = Chat(ours, ioloop=ioloop)
+        descriptor = ours.fileno()
+        if when != "before the loop has a hub":
+            ioloop.attach()
+        if when == "while it is watched":
+            gevent.sleep(0)
+            chat.modify_ioloop_events(ioloop.READ)
+        os.close(ours.detach())
+        if when == "while it is watched":
+            ioloop.modify(descriptor, ioloop.READ | ioloop.WRITE)
+        ioloop.attach()
+        eventually(lambda: ended or when == "before the hub runs")
+        chat.close()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            ioloop.register(descriptor, chat, ioloop.READ)
+    with GeventIOLoop() as ioloop, pytest.raises(OSError, match="Bad file descriptor"):
+        ioloop.register(descriptor, chat, ioloop.READ)
+
+
 def test_a_channel_that_cannot_use_its_events_does_not_spin() -> None:
     asked = []
 

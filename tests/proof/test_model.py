@@ -31,6 +31,7 @@ from hypothesis.stateful import (
 )
 from pyftpdlib.ioloop import AsyncChat
 
+import bridge.channels
 import bridge.scheduler
 import bridge.turns
 from bridge import GeventIOLoop, hubs
@@ -279,6 +280,7 @@ class Machine(RuleBasedStateMachine):
             self.patch.setattr(module, "monotonic", lambda: self.hub.loop.now)
         self.patch.setattr(pyftpdlib.ioloop, "timer", lambda: self.hub.loop.now)
         self.patch.setattr(hubs, "current", lambda: self.hub)
+        self.patch.setattr(bridge.channels, "fcntl", lambda fd, command: 0)  # all are open
         if self.slices:  # a worker leaves what is ready to the next pass after each turn
             self.patch.setattr(bridge.turns, "SLICE", -1.0)
             self.patch.setattr(bridge.turns, "SLICE_EACH", -1.0)
