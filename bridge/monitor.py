@@ -7,21 +7,28 @@ and says which FTP session it caught. Both log to `bridge.monitor`, WARNING, onc
 
 from __future__ import annotations
 
+import faulthandler
 import linecache
 import logging
 import os
-import sys
+import re
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 import gevent
-import gevent.events
+
+# --- private names of gevent this module stands on (tests/test_structure.py checks that they exist): of the
+# monitor thread: _greenlet_tracer.
 
 log = logging.getLogger(__name__)
+
+#: A call that somebody is in: file, line, function.
+Call = tuple[str, int, str]
+_CALL = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 #: Code that only passes a wait on: whose line it is stands further out.
 _PASSING = (
@@ -77,27 +84,61 @@ class LongWaits:
                 "%s has waited %.1f s in its turn, at %s",
                 "a turn of no session" if worker.control is None else repr(worker.control),
                 waited,
-                place(worker.gr_frame),
+                place(calls_of(worker.gr_frame)),
             )
         if longest >= 0:
             self._arm(self._limit - longest)
 
 
-def place(frame: FrameType | None) -> str:
-    """The innermost line that is neither gevent's nor the standard library's, for the log."""
-    innermost = frame
+def calls_of(frame: FrameType | None) -> Iterator[Call]:
+    """Those that *frame*, of a greenlet of this thread, is in."""
     while frame is not None:
-        name = frame.f_code.co_filename
+        yield frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+        frame = frame.f_back
+
+
+def calls_in(thread: int) -> list[Call]:
+    """Those that another thread is in.
+
+    faulthandler looks at them without giving up the GIL. Whoever goes from frame to frame in Python gives it
+    up sometimes, the thread goes on and switches greenlets, and the next frame may be none: a segmentation
+    fault (seen with CPython 3.11 and greenlet 3.5, in gevent's reports too).
+    """
+    if hasattr(os, "memfd_create"):
+        with open(os.memfd_create("calls"), "w+b") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            dump = file.read()
+    else:
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)  # what does not fit is left out
+        with open(reader, "rb") as pipe, open(writer, "wb") as file:
+            faulthandler.dump_traceback(file)
+            file.close()
+            dump = pipe.read()
+    for part in dump.decode("utf-8", "replace").split("\n\n"):
+        head, _, lines = part.partition("\n")
+        if f"0x{thread:016x} " in head:
+            return [(found[1], int(found[2]), found[3]) for found in _CALL.finditer(lines)]
+    return []
+
+
+def place(calls: Iterable[Call]) -> str:
+    """The innermost of *calls* that is neither gevent's nor the standard library's, for the log."""
+    innermost = None
+    for call in calls:
+        innermost = innermost or call
+        name = call[0]
         passing = name.startswith(_PASSING) or name.startswith("<frozen")
         if name.startswith(_STDLIB) and not name.startswith(_SITE_PACKAGES):
             passing = True
         if not passing:
             break
-        frame = frame.f_back
-    frame = frame or innermost
-    if frame is None:
-        return "an unknown line"
-    name, line, function = frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+    else:
+        if innermost is None:
+            return "an unknown line"
+        call = innermost
+    name, line, function = call
     source = linecache.getline(name, line).strip()
     return f"{name}:{line} in {function}" + (f": {source}" if source else "")
 
@@ -124,13 +165,11 @@ def watch_hub(hub: Any, limit: float | None = None) -> Callable[[], None]:
             thread = hub.start_periodic_monitoring_thread()
     finally:
         gevent.config.monitor_thread = others
-    reporter = _Blocked(hub)
-    thread.add_monitoring_function(reporter.looked, gevent.config.max_blocking_time)
-    gevent.events.subscribers.append(reporter)
+    # In place of gevent's own look, which makes its report whether it is printed or not (see calls_in).
+    thread.monitoring_functions()[0].function = _Blocked(thread._greenlet_tracer).look
 
     def end() -> None:
-        if reporter in gevent.events.subscribers:
-            gevent.events.subscribers.remove(reporter)
+        if hub.periodic_monitoring_thread is thread:
             thread.kill()
             hub.periodic_monitoring_thread = None
 
@@ -138,31 +177,25 @@ def watch_hub(hub: Any, limit: float | None = None) -> Callable[[], None]:
 
 
 class _Blocked:
-    """Subscribes to gevent's events, which come again and again while the hub is blocked."""
+    """Looks at a hub again and again, and says so once when it is blocked. *tracer*: gevent's."""
 
-    def __init__(self, hub: Any) -> None:
-        self._hub = hub
-        self._looks = 0
-        self._last = -2
+    def __init__(self, tracer: Any) -> None:
+        self._tracer = tracer
+        self._blocked = False
 
     # --- runs in gevent's monitor thread: no gevent
 
-    def looked(self, hub: object) -> None:
-        """The thread has looked, and called us if there was something to see."""
-        self._looks += 1
-
-    def __call__(self, event: object) -> None:
-        if not isinstance(event, gevent.events.EventLoopBlocked) or event.hub is not self._hub:
-            return
-        # An event each time the thread looks and has seen no switch since: one episode.
-        goes_on = self._last == self._looks - 1
-        self._last = self._looks
-        if not goes_on:
-            control = getattr(event.greenlet, "control", None)
+    def look(self, hub: Any) -> None:
+        """Whether there was a switch since the last look, and if not, where."""
+        before, found = self._blocked, self._tracer.did_block_hub(hub)
+        self._blocked = bool(found)
+        if self._blocked and not before:  # one episode
+            who = found[1]
+            control = getattr(who, "control", None)
             log.warning(
                 "%s blocks the hub for more than %g s, at %s; everybody waits "
                 "(hand blocking work to gevent.get_hub().threadpool)",
-                repr(event.greenlet) if control is None else repr(control),
-                event.blocking_time,
-                place(sys._current_frames().get(self._hub.thread_ident)),
+                repr(who) if control is None else repr(control),
+                gevent.config.max_blocking_time,
+                place(calls_in(hub.thread_ident)),
             )

@@ -144,7 +144,7 @@ def _is_open(number: str) -> bool:
 
 
 _blocks: list[object] = []
-_watch = honesty.Watch(gevent.get_hub(), _blocks.append)
+_watch = honesty.Watch(gevent.get_hub(), _blocks.append, collector=True)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -13,7 +13,7 @@ a busy machine it names greenlets that did nothing but stand in the kernel's que
 | system calls that wait (sleep, a lock, a pipe), if the monitor saw where | yes |
 | files that are not offloaded waiting for the disk (README says so): as slow as the machine's | no |
 | the GIL while another thread runs with it: the hub stands still all the same | yes |
-| Python's cycle collector: what tests and hypothesis have made is most of what it looks at | no |
+| Python's cycle collector in tests: what they and hypothesis have made is most of what it looks at | no |
 | this thread in the kernel's queue for a processor | no |
 | another thread in that queue, which may hold the GIL: nothing tells whether it does | no |
 | a processor that the hypervisor lends to others (steal) | no |
@@ -31,9 +31,7 @@ the main greenlet starts up and then waits for the end.
 from __future__ import annotations
 
 import gc
-import itertools
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -43,6 +41,8 @@ from typing import Any, NamedTuple
 import gevent
 import gevent.hub
 import greenlet
+
+from bridge.monitor import calls_in
 
 #: Seconds without a switch that are a block.
 LIMIT = 0.05
@@ -129,8 +129,10 @@ class Watch:
     *on_block* is called with each block that ends, in the greenlet that runs next; it must not switch.
     """
 
-    def __init__(self, hub: Any, on_block: Callable[[Block], object]) -> None:
+    def __init__(self, hub: Any, on_block: Callable[[Block], object], collector: bool = False) -> None:
         self._on_block = on_block
+        #: Whether to be told of collections. (What a signal handler raises just then is lost.)
+        self._collector = collector
         self._hub = hub
         self._previous: Any = None
         self._running: Any = None
@@ -175,12 +177,14 @@ class Watch:
         self._used = time.thread_time()
         self._running = greenlet.getcurrent()
         self._previous = greenlet.settrace(self._on_switch)
-        gc.callbacks.append(self._on_collection)
+        if self._collector:
+            gc.callbacks.append(self._on_collection)
 
     def stop(self) -> None:
         """Watch no more."""
         greenlet.settrace(self._previous)
-        gc.callbacks.remove(self._on_collection)
+        if self._collector:
+            gc.callbacks.remove(self._on_collection)
         self._running = None
 
     # --- runs in the hub's thread, in the greenlet that was switched to
@@ -227,15 +231,11 @@ class Watch:
 
     def _look(self, hub: Any) -> None:
         entered, running = self._entered, self._running
-        frame = sys._current_frames().get(hub.thread_ident)
         since = time.perf_counter() - entered
         # The last look before LIMIT, or else the first one after it: what comes later may be innocent.
-        if since > LOOK and frame is not None and (since < LIMIT or self._seen[0] != entered):
-            lines = itertools.islice(traceback.walk_stack(frame), DEPTH)
-            stack = [
-                traceback.FrameSummary(each.f_code.co_filename, line, each.f_code.co_name, lookup_line=False)
-                for each, line in lines
-            ]
+        if since > LOOK and (since < LIMIT or self._seen[0] != entered):
+            calls = calls_in(hub.thread_ident)[:DEPTH]
+            stack = [traceback.FrameSummary(*call, lookup_line=False) for call in calls]
             # Not the repr of any greenlet: that of a patched thread takes a lock, for which this thread would
             # get a hub.
             control = getattr(running, "control", None)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gevent
 import gevent._hub_local
+import gevent._monitor
 import pyftpdlib.exceptions
 import pyftpdlib.ioloop
 import pytest
@@ -172,6 +173,7 @@ assert not [kwargs for kwargs in hooks if "bridge" in repr(kwargs)]
         (pyftpdlib.ioloop.AsyncChat(ioloop=bridge.GeventIOLoop()), "ioloop"),
         (gevent._hub_local, "get_hub_if_exists"),
         (gevent._hub_local, "set_hub"),
+        (gevent._monitor.PeriodicMonitoringThread, "_greenlet_tracer"),
         (gevent.get_hub(), "_threadpool"),
         (gevent.get_hub(), "thread_ident"),
         (gevent.get_hub(), "main_hub"),
