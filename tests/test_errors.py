@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import resource
@@ -15,11 +16,13 @@ from typing import Any
 import gevent
 import pytest
 from fakes import Gate, RecordingHandler, WaitingFS
+from gevent import monkey
 from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.servers import FTPServer
 from support import Client, eventually, handler_class, serving, users
 
 from bridge import GeventIOLoop, channels
+from bridge.sockets import NativeSocket
 
 
 class Opened:
@@ -255,7 +258,9 @@ def test_a_descriptor_that_is_closed_is_not_watched(when: str) -> None:
             ended.append(self)
             self.close()
 
-    ours, theirs = socket.socketpair()
+    end, theirs = socket.socketpair()
+    with end:  # one that nobody gets who opens something else
+        ours = NativeSocket(fileno=fcntl.fcntl(end.fileno(), fcntl.F_DUPFD, 500))
     with theirs, GeventIOLoop() as ioloop:
         chat = Chat(ours, ioloop=ioloop)
         descriptor = ours.fileno()
@@ -264,7 +269,7 @@ def test_a_descriptor_that_is_closed_is_not_watched(when: str) -> None:
         if when == "while it is watched":
             gevent.sleep(0)
             chat.modify_ioloop_events(ioloop.READ)
-        os.close(ours.detach())
+        monkey.get_original("os", "close")(ours.detach())  # behind the back of gevent, too
         if when == "while it is watched":
             ioloop.modify(descriptor, ioloop.READ | ioloop.WRITE)
         ioloop.attach()
