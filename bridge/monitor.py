@@ -12,6 +12,7 @@ import linecache
 import logging
 import os
 import re
+import sys
 import sysconfig
 import time
 import warnings
@@ -118,9 +119,13 @@ def calls_in(thread: int) -> list[Call]:
             dump = pipe.read()
     for part in dump.decode("utf-8", "replace").split("\n\n"):
         head, _, lines = part.partition("\n")
-        if f"0x{thread:016x} " in head:
-            return [(found[1], int(found[2]), found[3]) for found in _CALL.finditer(lines)]
-    return []
+        calls = [(found[1], int(found[2]), found[3]) for found in _CALL.finditer(lines)]
+        if (
+            calls and f"0x{thread:016x} " in head
+        ):  # (who is about to start has its parent's number, and no calls)
+            return calls
+    frame = sys._current_frames().get(thread)  # faulthandler tells of 100 threads, the youngest
+    return [] if frame is None else [(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)]
 
 
 def place(calls: Iterable[Call]) -> str:

@@ -22,12 +22,14 @@ import bridge
 from bridge import GeventFTPServer, GeventIOLoop
 from bridge.dataports import ActiveMixin, PassiveMixin
 from bridge.handlers import SessionMixin, prepared
-from bridge.monitor import watch_hub
+from bridge.monitor import calls_in, watch_hub
 from bridge.servers import AddressCounts
 from bridge.transfers import TransferMixin
 
 _native_thread = monkey.get_original("_thread", "start_new_thread")
 _native_sleep = monkey.get_original("time", "sleep")
+_native_lock = monkey.get_original("_thread", "allocate_lock")
+_native_ident = monkey.get_original("_thread", "get_ident")
 
 
 def waiting_handler(home: Path, gate: Gate, base: Any = RecordingHandler, **attributes: Any) -> Any:
@@ -409,6 +411,27 @@ def test_long_wait_0_names_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with long_wait(0) as ioloop, started(handler, ioloop) as server, Client(server):
         pass
     assert not [text for text in caplog.messages if "has waited" in text]
+
+
+@pytest.mark.parametrize("others", [0, 120])
+def test_where_a_thread_is_can_be_seen_from_another(others: int) -> None:
+    """Of how many there may be: faulthandler tells of 100."""
+    end = _native_lock()
+    end.acquire()
+    seen: list[list[tuple[str, int, str]]] = []
+
+    def wait() -> None:
+        with end:
+            pass
+
+    this = _native_ident()
+    for _ in range(others):
+        _native_thread(wait, ())
+    _native_thread(lambda: seen.append(calls_in(this)), ())
+    while not seen:
+        _native_sleep(0.001)
+    end.release()
+    assert "test_where_a_thread_is_can_be_seen_from_another" in [name for _, _, name in seen[0]]
 
 
 @pytest.mark.blocks
