@@ -47,7 +47,7 @@ def test_the_session_ends_with_a_reply(
             data.shutdown(1)
             assert client.ended()
             eventually(lambda: not server._sessions)
-        eventually(lambda: len(os.listdir("/proc/self/fd")) == descriptors + 1)  # the listener
+        eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 1)  # the listener
         left = [each for each in server.ioloop.sched._tasks[calls:] if not each.cancelled]
         assert not left
     assert not [each.getMessage() for each in caplog.records if each.levelno >= logging.ERROR]
