@@ -101,9 +101,9 @@ def calls_of(frame: FrameType | None) -> Iterator[Call]:
 def calls_in(thread: int) -> list[Call]:
     """Those that another thread is in.
 
-    faulthandler looks at them without giving up the GIL. Whoever goes from frame to frame in Python gives it
-    up sometimes, the thread goes on and switches greenlets, and the next frame may be none: a segmentation
-    fault (seen with CPython 3.11 and greenlet 3.5, in gevent's reports too).
+    faulthandler looks at them without giving up the GIL. Whoever goes from frame to frame in Python, as
+    gevent's reports do, gives it up sometimes, and the thread goes on and switches greenlets meanwhile. In a
+    walk over its frames a process died of a segmentation fault: once, on libuv; the cause is not known.
     """
     if hasattr(os, "memfd_create"):
         with open(os.memfd_create("calls"), "w+b") as file:
@@ -120,9 +120,8 @@ def calls_in(thread: int) -> list[Call]:
     for part in dump.decode("utf-8", "replace").split("\n\n"):
         head, _, lines = part.partition("\n")
         calls = [(found[1], int(found[2]), found[3]) for found in _CALL.finditer(lines)]
-        if (
-            calls and f"0x{thread:016x} " in head
-        ):  # (who is about to start has its parent's number, and no calls)
+        # (Who is about to start has its parent's number, and no calls.)
+        if calls and f"0x{thread:016x} " in head:
             return calls
     frame = sys._current_frames().get(thread)  # faulthandler tells of 100 threads, the youngest
     return [] if frame is None else [(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)]
