@@ -36,6 +36,7 @@ from bridge import (
     workers,
 )
 from bridge.announcing import announcement, summary
+from bridge.hubs import hear_signals
 from bridge.monitor import watch_hub
 from bridge.options import UsageError, parser_of
 from bridge.servers import GeventFTPServer
@@ -83,7 +84,7 @@ def _serve(site: Site, announce: Callable[[], None]) -> None:
     for number, reactions in ((signal.SIGHUP, site.reload), (signal.SIGUSR1, site.rotate)):
         if reactions:
             signals.whenever(number, soon(signals.run_all, reactions))
-    endings = [start() for start in site.services]
+    endings = [hear_signals(hub), *(start() for start in site.services)]
     if site.options.max_blocking_time:
         endings.append(watch_hub(hub, site.options.max_blocking_time))
     announce()

@@ -11,6 +11,10 @@ one that was there before. Two cases need care:
   with the inherited hub would resume the parent's greenlets in the child.
 
 A guest is an ioloop: it registers once, weakly, and is told when its hub is no longer to be used.
+
+And a program's signals: gevent asks for them before it waits for events, and one that comes in between would
+wait for the next event (gevent 26.9; measured on libev: 4 of 50 000 signals sent to a hub about to rest).
+`hear_signals` wakes the hub for each. A process has one place for that, so a program has to ask for it.
 """
 
 from __future__ import annotations
@@ -54,8 +58,12 @@ _watching_forks = False
 
 def welcome(guest: Guest) -> None:
     """Tell *guest* of forks and of hubs that end, for as long as it is alive."""
-    global _watching_forks
     _guests.add(guest)
+    _watch_forks()
+
+
+def _watch_forks() -> None:
+    global _watching_forks
     if not _watching_forks:
         _watching_forks = True
         # No thread but the forking one lives on in a child, and none that held the lock may be missing.
@@ -95,20 +103,60 @@ def replace() -> None:
     set_hub(hub)
     # gevent lets Python's signal handlers run at once on the default loop only (libev/callbacks.c,
     # gevent_check_signals); on this one a signal would wait for the next event.
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    os.set_blocking(writer, False)
-    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    if previous == -1:
-        hub.loop.io(reader, 1, ref=False).start(_on_python_signal, reader)
-    else:  # somebody in this program has an arrangement of his own
-        signal.set_wakeup_fd(previous)
-        os.close(reader)
-        os.close(writer)
+    hear_signals(hub)
 
 
-def _on_python_signal(reader: int) -> None:
-    os.read(reader, 4096)  # Python runs the handler before this line
+def hear_signals(hub: Any) -> Callable[[], None]:
+    """Wake *hub* for each signal, for Python's handler to run; in the main thread only. Return what ends it.
+
+    Does nothing if somebody in this program has an arrangement of his own (`signal.set_wakeup_fd`).
+    """
+    global _ear
+    if _ear is not None:
+        _ear.close()
+    _ear = _Ear(hub)
+    _watch_forks()
+    return _ear.close
+
+
+class _Ear:
+    """A pipe into which Python writes for each signal, and what watches it."""
+
+    def __init__(self, hub: Any) -> None:
+        self.pid = os.getpid()
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._watcher = hub.loop.io(self._reader, 1, ref=False)
+        previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        if previous == -1:
+            self._watcher.start(self._on_signal)
+        else:
+            signal.set_wakeup_fd(previous)
+            self.close()
+
+    def _on_signal(self) -> None:
+        os.read(self._reader, 4096)  # Python runs the handler before this line
+
+    def close(self) -> None:
+        """Release all of it. May be called again."""
+        global _ear
+        if self._watcher is None:
+            return
+        previous = signal.set_wakeup_fd(-1)
+        if previous != self._writer:
+            signal.set_wakeup_fd(previous)
+        with lock:
+            self._watcher.stop()
+            self._watcher.close()
+            self._watcher = None
+        os.close(self._reader)
+        os.close(self._writer)
+        if _ear is self:
+            _ear = None
+
+
+_ear: _Ear | None = None
 
 
 def _in_child() -> None:
@@ -120,6 +168,8 @@ def _in_child() -> None:
             gevent.reinit()
         for guest in list(_guests):
             guest.after_fork()
+        if _ear is not None and _ear.pid != os.getpid():
+            hear_signals(get_hub())  # by a pipe of its own
     finally:
         lock.release()
 

@@ -124,6 +124,30 @@ print(status, flush=True)
 """
 
 
+FORK_OF_A_PROGRAM_THAT_HEARS = """
+import ctypes
+from bridge import hubs
+def pipe():
+    writer = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return os.fstat(writer).st_ino
+hub = gevent.get_hub()
+hubs.hear_signals(hub)
+parents = pipe()
+child = os.fork()
+signal.signal(signal.SIGUSR1, (lambda *args: None) if child else (lambda *args: os._exit(0)))
+if child:
+    print(os.waitpid(child, 0)[1], flush=True)
+    sys.exit()
+if pipe() == parents:  # whoever reads first would take what is the other's
+    os._exit(2)
+# To be called in the hub when it is about to rest, with no Python code after it.
+hub.loop.run_callback(hub.loop.run_callback, ctypes.CDLL(None)["raise"], signal.SIGUSR1)
+gevent.sleep(20)
+os._exit(1)
+"""
+
+
 class Program:
     """A server program as a subprocess."""
 
@@ -235,4 +259,9 @@ def test_a_fork_in_the_parent_s_program_leaves_the_server_alone(
 
 def test_a_child_does_not_wait_for_what_another_thread_of_its_parent_was_doing(tmp_path: Path) -> None:
     with Program(FORK_WHILE_ANOTHER_THREAD_CLOSES, str(tmp_path)) as program:
+        assert program.ports == [0]  # the child's exit status
+
+
+def test_a_child_hears_its_own_signals(tmp_path: Path) -> None:
+    with Program(FORK_OF_A_PROGRAM_THAT_HEARS, str(tmp_path)) as program:
         assert program.ports == [0]  # the child's exit status

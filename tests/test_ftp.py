@@ -637,6 +637,23 @@ def test_a_second_signal_ends_it_even_if_a_handler_blocks_the_hub(
         assert "Traceback" not in output
 
 
+JUST_BEFORE_REST = r"""
+import ctypes, signal, sys
+import gevent
+import bridge.ftp
+# A call of the loop's that no Python code follows until events have been waited for.
+kill = ctypes.CDLL(None)["raise"]
+gevent.get_hub().loop.run_callback(gevent.get_hub().loop.run_callback, kill, signal.SIGTERM)
+sys.exit(bridge.ftp.main())
+"""
+
+
+def test_a_signal_is_heard_by_a_hub_about_to_rest(tmp_path: Path) -> None:
+    with Command("--max-blocking-time", "0", directory=tmp_path, program=["-c", JUST_BEFORE_REST]) as server:
+        code, output = server.wait()
+        assert code == 0, output
+
+
 def test_killing_the_parent_of_pre_forked_processes_ends_them(tmp_path: Path) -> None:
     with Command("--concurrency", "pre-fork", directory=tmp_path) as server:
         children = ready(server, "pre-fork")

@@ -29,8 +29,8 @@ PACKAGE = Path(bridge.__file__).parent
 ARROWS = {
     "__init__": {"authorizers", "default", "handlers", "hashing", "ioloop", "offload", "servers", "testing"}
     | {"turns", "uploads", "virtual"},
-    "ftp": {"announcing", "bans", "config", "logs", "monitor", "notify", "options", "passive", "privileges"}
-    | {"proxy"}
+    "ftp": {"announcing", "bans", "config", "hubs", "logs", "monitor", "notify", "options", "passive"}
+    | {"privileges", "proxy"}
     | {"servers", "signals", "site", "tls", "useredit", "users", "web", "workers"},
     "announcing": {"logs", "site"},
     "config": {"options", "site"},
