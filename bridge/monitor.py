@@ -102,8 +102,7 @@ def calls_in(thread: int) -> list[Call]:
     """Those that another thread is in.
 
     faulthandler looks at them without giving up the GIL. Whoever goes from frame to frame in Python, as
-    gevent's reports do, gives it up sometimes, and the thread goes on and switches greenlets meanwhile. In a
-    walk over its frames a process died of a segmentation fault: once, on libuv; the cause is not known.
+    gevent's reports do, gives it up sometimes, and the thread goes on and switches greenlets meanwhile.
     """
     if hasattr(os, "memfd_create"):
         with open(os.memfd_create("calls"), "w+b") as file:

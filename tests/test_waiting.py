@@ -295,16 +295,19 @@ def test_a_timeout_that_one_turn_forgot_does_not_strike_another_session(tmp_path
 
     class Handler(RecordingHandler):
         events: list[tuple[Any, ...]] = []
+        timeouts: list[gevent.Timeout] = []
 
         def on_login(self, username: str) -> None:
             if username == "careless":
-                gevent.Timeout.start_new(0.02)
+                self.timeouts.append(gevent.Timeout.start_new(0.02))
             gevent.sleep(0.001 if username == "careless" else 0.05)
 
     with serving(handler_class(users(tmp_path, None, "careless"), Handler)) as server:
         with Client(server, "careless") as careless, Client(server) as other:
             other.command("NOOP", "200")
             careless.command("NOOP", "200")
+    for timeout in Handler.timeouts:
+        timeout.close()  # (libuv goes on using the memory of a timer that nobody closes)
 
 
 def test_a_channel_made_in_a_session_turn_runs_at_once(tmp_path: Path) -> None:

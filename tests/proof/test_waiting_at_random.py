@@ -392,6 +392,8 @@ class Example:
             gevent.killall([*plays, testimony])
             for session in self.sessions():
                 session.close()
+            for timeout in self.mischief.timeouts:
+                timeout.close()  # (libuv goes on using the memory of a timer that nobody closes)
 
     def story(self) -> str:
         """All that was said, and what was called; last what the server has now and had before."""

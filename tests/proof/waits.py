@@ -95,6 +95,7 @@ class Mischief:
         self.calls: dict[str, int] = {}
         self.files: list[Any] = []
         self.problems: list[str] = []
+        self.timeouts: list[gevent.Timeout] = []
         #: Calls that began while one of another session waited.
         self.interleaved = 0
         #: Of calls that wait for another session's next call.
@@ -191,7 +192,7 @@ class Mischief:
             raise gevent.Timeout(None, gevent.Timeout(None, MARK))
         if fails and how == "forgotten":
             seen.faults.add("kill")
-            gevent.Timeout.start_new(chance.uniform(*NAPS))
+            self.timeouts.append(gevent.Timeout.start_new(chance.uniform(*NAPS)))
         if fails and how == "kill":
             error = chance.choice((gevent.GreenletExit, gevent.Timeout))
             self.helpers.spawn(self.kill, seen, gevent.getcurrent(), error, chance.randint(0, PASSES))
