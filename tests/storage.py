@@ -32,7 +32,7 @@ ENTRIES: dict[str, list[Any]] = {
 
 class Sink:
     def __init__(self, **fail: Exception) -> None:
-        self.taken = bytearray()
+        self._pieces: list[bytes] = []
         self.calls: list[str] = []
         self.fail = fail
 
@@ -44,7 +44,11 @@ class Sink:
     def write(self, data: bytes) -> None:
         if "write" in self.fail:
             raise self.fail["write"]
-        self.taken += data
+        self._pieces.append(bytes(data))
+
+    @property
+    def taken(self) -> bytes:
+        return b"".join(self._pieces)
 
     def close(self) -> None:
         self._do("close")
