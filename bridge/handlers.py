@@ -71,6 +71,8 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
     farewell = ""
     #: The server knows that it has ended.
     _over = False
+    #: The next reply may become another one.
+    _recodes = False
 
     def __init__(self, conn: Any, server: Any, ioloop: Any = None) -> None:
         self.command: str | None = None
@@ -187,7 +189,8 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
                 raise
         finally:
             self.command = None
-            self.__dict__.pop("respond", None)
+            if self._recodes:
+                self._recode_no_more()
 
     def run_as_current_user(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """As pyftpdlib; makes its 550 for an error of REPLY_CODES what that says."""
@@ -203,10 +206,15 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
         """Make it *code*, if pyftpdlib is about to call it 450 or 550."""
 
         def respond(resp: str, logfun: Any = logger.warning) -> None:
-            self.__dict__.pop("respond", None)
+            self._recode_no_more()
             self.respond(code + resp[3:] if resp[:3] in ("450", "550") else resp, logfun)
 
         self.__dict__["respond"] = respond  # until it is called, or the command ends
+        self._recodes = True
+
+    def _recode_no_more(self) -> None:
+        self._recodes = False
+        self.__dict__.pop("respond", None)
 
     def ftp_NLST(self, path: str) -> Any:
         """As pyftpdlib; a file system that has `format_nlst` makes the lines (bridge.offload)."""

@@ -107,13 +107,18 @@ def replace() -> None:
 
 
 def hear_signals(hub: Any) -> Callable[[], None]:
-    """Wake *hub* for each signal, for Python's handler to run; in the main thread only. Return what ends it.
+    """Wake *hub* for each signal, for Python's handler to run. Return what ends it.
 
-    Does nothing if somebody in this program has an arrangement of his own (`signal.set_wakeup_fd`).
+    Does nothing if somebody in this program has an arrangement of his own (`signal.set_wakeup_fd`). Raises
+    ValueError in any thread but the main one.
     """
     global _ear
     if _ear is not None:
         _ear.close()
+    theirs = signal.set_wakeup_fd(-1)
+    if theirs != -1:
+        signal.set_wakeup_fd(theirs)
+        return lambda: None
     _ear = _Ear(hub)
     _watch_forks()
     return _ear.close
@@ -128,12 +133,8 @@ class _Ear:
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
         self._watcher = hub.loop.io(self._reader, 1, ref=False)
-        previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        if previous == -1:
-            self._watcher.start(self._on_signal)
-        else:
-            signal.set_wakeup_fd(previous)
-            self.close()
+        self._watcher.start(self._on_signal)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
     def _on_signal(self) -> None:
         os.read(self._reader, 4096)  # Python runs the handler before this line
@@ -141,19 +142,17 @@ class _Ear:
     def close(self) -> None:
         """Release all of it. May be called again."""
         global _ear
-        if self._watcher is None:
+        if _ear is not self:
             return
-        previous = signal.set_wakeup_fd(-1)
-        if previous != self._writer:
-            signal.set_wakeup_fd(previous)
+        _ear = None
+        now = signal.set_wakeup_fd(-1)
+        if now != self._writer:  # somebody has come after us
+            signal.set_wakeup_fd(now)
         with lock:
             self._watcher.stop()
             self._watcher.close()
-            self._watcher = None
         os.close(self._reader)
         os.close(self._writer)
-        if _ear is self:
-            _ear = None
 
 
 _ear: _Ear | None = None

@@ -1,4 +1,4 @@
-"""Commands that come faster than their replies are read, or than others get their turns.
+"""Commands that come faster than their replies are read, or than others get their turns; and what is none.
 
 A mix-in for control connections, part of `handlers.SessionMixin`; a leaf of the package. It decides when the
 next command of what was read is handled; what a command does is not its business.
@@ -9,6 +9,8 @@ next command of what was read is handled; what a command does is not its busines
   NLSTs of 2000 names each stop every session for 11 s (measured).
 - **What follows a failed login waits for its reply**, which comes late. pyftpdlib goes on with what it has.
 - **What follows AUTH TLS in the clear is dropped.** pyftpdlib obeys it, whoever put it there.
+- **The rest of a command that is too long is no command.** pyftpdlib says 500 after 2048 bytes and obeys what
+  comes behind them: whoever gets a victim to send a long line (a link, a form) chooses the next command.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from bridge.turns import Interrupt
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
-# Of FTPHandler: _closed, _quit_pending, _wanted_io_events, _fileno; of SSLConnectionMixin: _ssl_accepting.
+# Of FTPHandler: _closed, _quit_pending, _in_buffer, _in_buffer_len, _wanted_io_events, _current_io_events,
+# _fileno; of SSLConnectionMixin: _ssl_accepting.
 
 if TYPE_CHECKING:
     from pyftpdlib.handlers import FTPHandler as _FTPHandler
@@ -29,6 +32,9 @@ else:  # a mix-in: what it extends is the class it is put before
 #: Seconds of one client's pipelined commands before others have their turns: a tenth of what gevent's monitor
 #: calls a blocked hub (gevent.config.max_blocking_time).
 SLICE = 0.01
+
+#: pyftpdlib's reply to a command that is too long, when it has thrown away what has come of it.
+_TOO_LONG = "500 Command too long."
 
 
 class Replies(list[Any]):
@@ -54,6 +60,10 @@ class PipeliningMixin(_FTPHandler):
     ac_in_buffer: bytes
     producer_fifo: Any
     _wanted_io_events: int
+    _in_buffer: list[bytes]
+    _in_buffer_len: int
+    #: What comes belongs to a command that was too long.
+    _skipping = False
 
     def __init__(self, conn: Any, server: Any, ioloop: Any = None) -> None:
         self._slice_ends = 0.0
@@ -66,7 +76,11 @@ class PipeliningMixin(_FTPHandler):
     def found_terminator(self) -> None:
         """As pyftpdlib; then the rest of the input may have to wait, or is not to be obeyed."""
         try:
-            super().found_terminator()
+            if self._skipping:
+                self._skipping = False
+                self._in_buffer, self._in_buffer_len = [], 0
+            else:
+                super().found_terminator()
         except Interrupt:  # of this command, and not of those behind it
             if self.ac_in_buffer:
                 self._hold()
@@ -75,6 +89,14 @@ class PipeliningMixin(_FTPHandler):
             self.ac_in_buffer = b""
         if self.producer_fifo or (self.ac_in_buffer and (self._is_deaf() or self._slice_is_over())):
             self._hold()
+
+    def respond_w_warning(self, resp: str) -> None:
+        """As pyftpdlib; after its 500 the rest of the line is thrown away."""
+        if resp == _TOO_LONG:
+            if self._skipping:
+                return
+            self._skipping = True
+        super().respond_w_warning(resp)
 
     def _hold(self) -> None:
         self._held, self.ac_in_buffer = self.ac_in_buffer, b""
