@@ -60,6 +60,13 @@ _BREAK = re.compile(r"\r(?!\n)|(?<!\r)\n")
 _BREAK_BYTES = re.compile(_BREAK.pattern.encode())
 
 
+def _whole_lines(data: bytes) -> bytes:
+    """*data* without line breaks that end no line. (To count first takes a tenth of the time.)"""
+    if data.count(b"\r\n") == data.count(b"\n") == data.count(b"\r"):
+        return data
+    return _BREAK_BYTES.sub(b"?", data)
+
+
 class Lines:
     """A producer whose lines are broken by CRLF only. *producer* yields whole lines."""
 
@@ -68,7 +75,7 @@ class Lines:
 
     def more(self) -> bytes:
         """The next lines; empty at the end."""
-        return _BREAK_BYTES.sub(b"?", self._producer.more())
+        return _whole_lines(self._producer.more())
 
 
 class _Unfinished(Exception):
@@ -188,7 +195,7 @@ class StrictMixin(_FTPHandler):
     def push_dtp_data(self, data: Any, isproducer: bool = False, file: Any = None, cmd: Any = None) -> None:
         """As pyftpdlib; listings have a line for each name."""
         if cmd in LISTINGS:
-            data = Lines(data) if isproducer else _BREAK_BYTES.sub(b"?", data)
+            data = Lines(data) if isproducer else _whole_lines(data)
         super().push_dtp_data(data, isproducer, file, cmd)
 
     def respond_w_warning(self, resp: str) -> None:
