@@ -348,7 +348,7 @@ class Registration:
         self.delay = min(self.delay * 2 or MIN_DELAY, MAX_DELAY)
         self.watcher.stop()
         self.resting = self.ioloop._hub.loop.timer(self.delay)
-        self.resting.start(self._on_rested)
+        self.resting.start(self._on_rested, update=True)  # the delay begins now, and not when this pass began
 
 
 def _waiting(listener: Any) -> int:

@@ -103,19 +103,12 @@ def calls_in(thread: int) -> list[Call]:
 
     faulthandler looks at them without giving up the GIL. Whoever goes from frame to frame in Python, as
     gevent's reports do, gives it up sometimes, and the thread goes on and switches greenlets meanwhile.
+    If there is no descriptor for that, only the innermost.
     """
-    if hasattr(os, "memfd_create"):
-        with open(os.memfd_create("calls"), "w+b") as file:
-            faulthandler.dump_traceback(file)
-            file.seek(0)
-            dump = file.read()
-    else:
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)  # what does not fit is left out
-        with open(reader, "rb") as pipe, open(writer, "wb") as file:
-            faulthandler.dump_traceback(file)
-            file.close()
-            dump = pipe.read()
+    try:
+        dump = _dump()
+    except OSError:
+        dump = b""
     for part in dump.decode("utf-8", "replace").split("\n\n"):
         head, _, lines = part.partition("\n")
         calls = [(found[1], int(found[2]), found[3]) for found in _CALL.finditer(lines)]
@@ -124,6 +117,21 @@ def calls_in(thread: int) -> list[Call]:
             return calls
     frame = sys._current_frames().get(thread)  # faulthandler tells of 100 threads, the youngest
     return [] if frame is None else [(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)]
+
+
+def _dump() -> bytes:
+    """What faulthandler says of the threads. OSError if there is no descriptor for that."""
+    if hasattr(os, "memfd_create"):
+        with open(os.memfd_create("calls"), "w+b") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            return file.read()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)  # what does not fit is left out
+    with open(reader, "rb") as pipe, open(writer, "wb") as file:
+        faulthandler.dump_traceback(file)
+        file.close()
+        return pipe.read()
 
 
 def place(calls: Iterable[Call]) -> str:

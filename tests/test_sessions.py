@@ -16,6 +16,7 @@ import pytest
 from fakes import Gate, RecordingHandler, WaitingAuthorizer, WaitingFS
 from gevent import monkey
 from pyftpdlib.handlers import FTPHandler, ThrottledDTPHandler
+from scarcity import no_descriptors
 from support import PATIENCE, Client, eventually, handler_class, serving, started, users
 
 import bridge
@@ -432,6 +433,12 @@ def test_where_a_thread_is_can_be_seen_from_another(others: int) -> None:
         _native_sleep(0.001)
     end.release()
     assert "test_where_a_thread_is_can_be_seen_from_another" in [name for _, _, name in seen[0]]
+
+
+def test_where_a_thread_is_can_be_seen_without_a_descriptor() -> None:
+    with no_descriptors():
+        (call,) = calls_in(_native_ident())
+    assert call[2] == "calls_in"
 
 
 @pytest.mark.blocks
