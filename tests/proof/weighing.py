@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import signal
 import sys
 from typing import Any
@@ -26,7 +27,8 @@ def tell(*_: Any) -> None:
     blocks = sys.getallocatedblocks()
     ctypes.CDLL(None).malloc_trim(0)
     memory = psutil.Process().memory_full_info().uss // 1024
-    print(f"in memory: {channels} channels, {blocks} blocks, {memory} kB", flush=True)
+    # (Not print(): the next signal may come in the middle of it.)
+    os.write(1, f"in memory: {channels} channels, {blocks} blocks, {memory} kB\n".encode())
 
 
 if __name__ == "__main__":
