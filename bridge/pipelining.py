@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from bridge.turns import Interrupt
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
-# Of FTPHandler: _closed, _quit_pending, _in_buffer, _in_buffer_len, _wanted_io_events, _current_io_events,
-# _fileno; of SSLConnectionMixin: _ssl_accepting.
+# Of FTPHandler: _closed, _quit_pending, _in_buffer, _in_buffer_len, _wanted_io_events, _fileno; of
+# SSLConnectionMixin: _ssl_accepting.
 
 if TYPE_CHECKING:
     from pyftpdlib.handlers import FTPHandler as _FTPHandler

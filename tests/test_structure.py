@@ -214,6 +214,7 @@ def test_the_attributes_of_a_session_we_stand_on_exist(tmp_path: Path) -> None:
             "_fileno",
             "_log_debug",
             "_in_buffer",
+            "_in_buffer_len",
         ):
             assert hasattr(control, name)
         for name in (
