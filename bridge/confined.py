@@ -25,7 +25,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-from bridge.homes import HomeFS
+from bridge.homes import HomeFS, open_regular
 
 #: Links that may follow each other at the end of a path that is opened: as Linux (MAXSYMLINKS).
 LINKS = 40
@@ -87,7 +87,7 @@ class ConfinedFS(HomeFS):
         for _ in range(LINKS):
             with self._in(path) as (directory, name):
                 try:
-                    return os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=directory)
+                    return open_regular(name, flags | os.O_NOFOLLOW, directory)
                 except OSError as error:
                     if error.errno != errno.ELOOP:
                         raise

@@ -19,6 +19,10 @@ What differs from pyftpdlib, and why:
   close(), after which pyftpdlib never replies.
 - **Every transfer has one end** that the client is told of (endings.py).
 - **A file that cannot be looked at is 550**, and its path not taken for one in the home (homes.py).
+- **Names that are not in the session's encoding are kept byte for byte** (`UNICODE_ERRORS`).
+- **A rename over a file needs the right to delete or to write it**, besides the right to rename.
+
+(Over 400 lines: the list of these differences, and which handler class lacks them, are one decision.)
 """
 
 from __future__ import annotations
@@ -43,11 +47,14 @@ from bridge.endings import TRANSFERS, EndingMixin
 from bridge.events import Events, EventsMixin
 from bridge.homes import HomeFS
 from bridge.pipelining import PipeliningMixin
+from bridge.offload import OffloadedFS
 from bridge.receiving import give_up
 from bridge.strict import StrictMixin
 from bridge.transfers import LIMITS, REPLY_CODES, TransferMixin, is_unreachable, transferring
 from bridge.turns import Interrupt, current_session
 
+from bridge.uploads import AtomicFS
+from bridge.virtual import VirtualFS
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _closed, _closing, _last_response, _in_dtp_queue, _out_dtp_queue; of DTPHandler: _closed; of
 # SSLConnectionMixin: _error, _do_ssl_shutdown.
@@ -338,3 +345,14 @@ if hasattr(pyftpdlib.handlers, "TLS_FTPHandler"):  # pyOpenSSL is installed
         dtp_handler = _derived(pyftpdlib.handlers.TLS_DTPHandler, TransferMixin, {})
         passive_dtp = FTPHandler.passive_dtp
         active_dtp = FTPHandler.active_dtp
+    elif _leaves_the_disk_to_pyftpdlib(fs):
+        attributes["abstracted_fs"] = _derived(fs, None, {}, HomeFS)
+def _leaves_the_disk_to_pyftpdlib(fs: Any) -> bool:
+    """Whether no class of *fs* but our mix-ins (AtomicFS, OffloadedFS) overrides AbstractedFS."""
+    if not isinstance(fs, type) or not issubclass(fs, AbstractedFS) or issubclass(fs, (HomeFS, VirtualFS)):
+        return False
+    methods = {name for name in vars(AbstractedFS) if not name.startswith("__")}
+    others = set(fs.__mro__) - {AtomicFS, OffloadedFS, AbstractedFS}
+    return not any(methods & vars(each).keys() for each in others)
+
+

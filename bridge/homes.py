@@ -15,6 +15,8 @@ that have gone meanwhile, links that lead nowhere, and what its user may not loo
 
 And CWD leaves the process where it is: pyftpdlib goes to the directory and back, and takes along all sessions
 that run while a file system of one's own waits in between.
+
+Only regular files are opened. To open a FIFO waits for its other end, and blocks the hub until then.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.filesystems import AbstractedFS
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
@@ -86,6 +89,10 @@ class HomeFS(AbstractedFS):
         check_directory(path)
         self.cwd = self.fs2ftp(path)
 
+    def open(self, filename: str, mode: str) -> Any:
+        """As AbstractedFS; raises FilesystemError if it is no regular file, and never waits for one."""
+        return open(filename, mode, opener=open_regular)
+
     def isfile(self, path: str) -> bool:
         """As AbstractedFS."""
         return self._is(path, stat.S_ISREG)
@@ -117,12 +124,44 @@ class HomeFS(AbstractedFS):
     ) -> Iterator[bytes]:
         """As AbstractedFS; *ignore_err* is for errors that are an answer."""
         lines = super().format_mlsx(basedir, listing, perms, facts, ignore_err and _Ignoring())
+        if "unix.mode" in facts:
+            lines = map(_plain_mode, lines)
         return _told(lines) if ignore_err else lines
 
 
 def check_directory(path: str) -> None:
     """Raise what os.chdir(path) would: the same permission is needed to look at what is in it."""
     os.stat(os.path.join(path, os.curdir))
+
+
+def open_regular(path: str, flags: int, dir_fd: int | None = None) -> int:
+    """Open a regular file, as os.open(); never waits. For `open(opener=...)`.
+
+    Raises FilesystemError for a FIFO, a socket or a device, IsADirectoryError for a directory.
+    """
+    try:
+        # O_NONBLOCK: do not wait for the other end of a FIFO. O_NOCTTY: do not take a terminal.
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a FIFO without a reader that is opened for writing
+            raise FilesystemError("Not a regular file") from None
+        raise
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(mode):
+            raise FilesystemError("Not a regular file")
+        os.set_blocking(fd, True)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _plain_mode(line: bytes) -> bytes:
+    """A line of MLSD with `unix.mode=0644`; pyftpdlib writes `0o644`, which lftp takes for 0."""
+    return line.replace(b"unix.mode=0o", b"unix.mode=0", 1)  # facts come before the name
 
 
 def _found(look: Any, path: str) -> os.stat_result | None:

@@ -76,7 +76,7 @@ class AtomicFS(AbstractedFS):
         target = self.realpath(filename)
         old = _writable(target)
         if old is not None and not stat.S_ISREG(old.st_mode):
-            return super().open(filename, mode)  # a device, say
+            raise FilesystemError("Not a regular file")
         if "+" in mode or ("a" in mode and old is not None):
             raise FilesystemError("Uploads are atomic here: send the whole file, with STOR")
         return AtomicFile(self, filename, target, super().open, old)
@@ -272,6 +272,10 @@ def _inherit(fd: int, old: os.stat_result) -> None:
         with contextlib.suppress(PermissionError):
             os.fchown(fd, old.st_uid, old.st_gid)
     os.fchmod(fd, stat.S_IMODE(old.st_mode) & 0o777)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a FIFO that nobody reads
+            return os.stat(target)
+        raise
 
 
 def _fsync_directory(path: str) -> None:

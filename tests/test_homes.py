@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.filesystems import AbstractedFS
 from support import Client, handler_class, started, users
 
+from bridge import OffloadedFS
 from bridge.confined import ConfinedFS
 from bridge.homes import HomeFS
+from bridge.threads import Threads
 from bridge.uploads import AtomicFS
 
 FILE_SYSTEMS: list[Any] = [AbstractedFS, ConfinedFS, type("AtomicConfined", (AtomicFS, ConfinedFS), {})]
@@ -170,3 +175,93 @@ def test_a_link_that_leads_nowhere_can_be_removed(home: Path) -> None:
         client.command("DELE nowhere", "250")
         client.command("DELE around", "250")
     assert sorted(os.listdir(home)) == ["d", "out"]
+
+
+@pytest.fixture(
+    params=[*FILE_SYSTEMS, AtomicFS, OffloadedFS, type("Durable", (OffloadedFS, AtomicFS), {})],
+    ids=lambda fs: str(fs.__name__),
+)
+def fs(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Each file system of ours, also where GeventFTPServer adds what it lacks."""
+    threads = Threads()
+    yield type("FS", (request.param,), {"threads": threads})
+    threads.kill()
+
+
+@pytest.fixture(params=["fifo", "fifo with a reader", "fifo with a writer", "socket", "device", "directory"])
+def special(request: pytest.FixtureRequest, home: Path) -> Iterator[Path]:
+    """Something in the home that is no regular file."""
+    path = home / "special"
+    with contextlib.ExitStack() as stack:
+        if request.param.startswith("fifo"):
+            os.mkfifo(path)
+            if " " in request.param:
+                fd = os.open(path, (os.O_RDWR if "writer" in request.param else os.O_RDONLY) | os.O_NONBLOCK)
+                stack.callback(os.close, fd)
+        elif request.param == "socket":
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
+        elif request.param == "device":
+            try:
+                os.mknod(path, 0o666 | 0o020000, os.makedev(1, 3))  # /dev/null
+            except PermissionError:
+                pytest.skip("only root can make a device")
+        else:
+            path.mkdir()
+        yield path
+
+
+def test_only_regular_files_are_opened(home: Path, special: Path, fs: Any) -> None:
+    """To open a FIFO would block the hub until somebody opens its other end."""
+    with started(handler_class(users(home), abstracted_fs=fs)) as server, Client(server) as client:
+        for command in ("RETR", "STOR", "APPE"):
+            reply = client.command(f"{command} special", "550")
+            assert reply[4:] in ("Not a regular file.", "Is a directory."), (command, reply)
+        client.command("REST 0", "501")
+        client.command("NOOP", "200")
+    assert special.exists()
+
+
+def test_a_file_that_becomes_a_fifo_after_it_was_looked_at(home: Path, fs: Any) -> None:
+    class Swapping(DummyAuthorizer):
+        def has_perm(self, username: str, perm: str, path: str | None = None) -> bool:
+            if perm == "r":  # asked when the path has been looked at
+                os.unlink(home / "d" / "file")
+                os.mkfifo(home / "d" / "file")
+            return True
+
+    handler = handler_class(users(home, Swapping()), abstracted_fs=fs)
+    with started(handler) as server, Client(server) as client:
+        client.command("RETR d/file", "550 Not a regular file")
+
+
+def test_the_mode_of_a_file_is_octal_as_others_write_it(home: Path) -> None:
+    """lftp takes pyftpdlib's `0o644` for 0, and mirrors files that nobody may read."""
+    name = "unix.mode=0o644;"
+    (home / name).touch()
+    (home / name).chmod(0o640)
+    with started(handler_class(users(home))) as server, Client(server) as client:
+        client.command("OPTS MLST type;unix.mode;", "200")
+        with client.data() as data:
+            client.command("MLSD", "1")
+            listing = b""
+            while chunk := data.recv(4096):
+                listing += chunk
+        assert client.reply().startswith("226")
+        assert b"type=file;unix.mode=0640; unix.mode=0o644;\r\n" in listing
+        client.send(f"MLST {name}")
+        client.file.readline()
+        assert client.file.readline() == f" type=file;unix.mode=0640; /{name}\r\n".encode()
+        client.reply()
+        client.command("OPTS MLST type;", "200")
+        client.send(f"MLST {name}")
+        client.file.readline()
+        assert client.file.readline() == f" type=file; /{name}\r\n".encode()
+        client.reply()
+
+
+def test_mlsd_tells_what_is_missing_from_what_is_no_directory(home: Path) -> None:
+    """RFC 3659, 7.2.1. rclone makes a directory after 550, and gives up after 501."""
+    with started(handler_class(users(home))) as server, Client(server) as client:
+        client.command("MLSD missing", "550")
+        client.command("MLSD d/missing/deeper", "550")
+        client.command("MLSD d/file", "501")

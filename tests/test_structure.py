@@ -74,8 +74,8 @@ ARROWS = {
     "drain": {"hubs", "transfers"},
     "sessions": {"events", "transfers", "turns"},
     "dataports": {"transfers"},
-    "handlers": {"dataports", "endings", "events", "homes", "pipelining", "receiving", "strict"}
-    | {"transfers", "turns"},
+    "handlers": {"dataports", "endings", "events", "homes", "offload", "pipelining", "receiving", "strict"}
+    | {"transfers", "turns", "uploads", "virtual"},
     "endings": {"receiving", "transfers"},
     "authorizers": {"threads"},
     "checksums": {"offload", "threads", "transfers"},
