@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -268,18 +269,6 @@ def test_what_could_not_be_opened_is_refused_as_ever(tmp_path: Path) -> None:
         assert it.hidden() == []
 
 
-def test_a_pipe_is_written_as_ever(tmp_path: Path) -> None:
-    with site(tmp_path, False, fs=AtomicFS) as it, it.client() as client:
-        os.mkfifo(it.home / "pipe")
-        reader = os.open(it.home / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            assert store(client, "STOR pipe", b"content").startswith("226")
-            assert os.read(reader, 100) == b"content"
-        finally:
-            os.close(reader)
-        assert stat.S_ISFIFO((it.home / "pipe").stat().st_mode)
-
-
 def test_a_file_keeps_its_owner(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root may give files away")
@@ -396,3 +385,19 @@ def wait_until(condition: Any) -> None:
     with gevent.Timeout(LIMIT):
         while not condition():
             gevent.sleep(0.005)
+
+
+def test_a_tree_of_any_depth_is_searched_for_leftovers(tmp_path: Path) -> None:
+    """Clients make it: more directories in one another than Python calls functions in one another."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=fd)
+        inner = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(os.open(LEFTOVER, os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+    os.close(fd)
+    try:
+        assert remove_leftovers(str(tmp_path)) == [str(tmp_path / "/".join(["d"] * 1200) / LEFTOVER)]
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # shutil.rmtree() recurses
