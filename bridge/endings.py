@@ -7,7 +7,9 @@ What differs from pyftpdlib, and why:
   client gives up. pyftpdlib says 421, goes on, and starts the old transfer on the next data connection.
 - **A transfer that has begun has an end**: 426 if the client asks for another data connection meanwhile, or
   ABORs before the first byte; pyftpdlib closes the file and says nothing.
-- **QUIT waits for a transfer**, but not for a data connection that has none (pyftpdlib: 300 s).
+- **QUIT waits for a transfer**, also for one whose data connection is still to come, and its 221 follows the
+  transfer's reply. pyftpdlib says 221 first, and refuses the data connection that comes after it. A data
+  connection that has no transfer is not waited for (pyftpdlib: 300 s).
 - **One transfer at a time; else 503.** pyftpdlib gives the running one another file, and may then send from
   the first one's descriptor: closed, and by now perhaps another user's file (seen).
 - **An upload that has failed is removed** if `keep_incomplete_uploads` says so, unless it was there before.
@@ -17,6 +19,7 @@ What differs from pyftpdlib, and why:
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +29,9 @@ from bridge.receiving import give_up
 from bridge.transfers import transferring
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
-# Of FTPHandler: _closed, _in_dtp_queue, _out_dtp_queue, _restart_position, _make_epasv, _make_eport,
-# _on_dtp_connection, _on_dtp_close; of DTPHandler: _resp, _closed, _initialized; of SSLConnectionMixin:
-# _error.
+# Of FTPHandler: _closed, _dtp_acceptor, _dtp_connector, _in_dtp_queue, _out_dtp_queue, _restart_position,
+# _make_epasv, _make_eport, _on_dtp_connection, _on_dtp_close; of DTPHandler: _resp, _closed, _initialized; of
+# SSLConnectionMixin: _error.
 
 if TYPE_CHECKING:
     from pyftpdlib.handlers import FTPHandler as _FTPHandler
@@ -44,11 +47,15 @@ class EndingMixin(_FTPHandler):
 
     _in_dtp_queue: Any
     _out_dtp_queue: Any
+    _dtp_acceptor: Any
+    _dtp_connector: Any
     data_channel: Any
     keep_incomplete_uploads: bool
     last_active: float
     #: Why the data connection failed before there was a command that it could be told to.
     _no_data_connection: str | None = None
+    #: The argument of a QUIT that waits for the end of the transfer.
+    _leaving: str | None = None
     #: Whether the upload makes a file that was not there.
     _fresh_upload = False
 
@@ -99,10 +106,20 @@ class EndingMixin(_FTPHandler):
         channel = self.data_channel
         return channel is not None and not channel._closed and channel._initialized
 
+    def _awaits_data_connection(self) -> bool:
+        """Whether PASV's or PORT's data connection may still come."""
+        connector = self._dtp_connector  # pyftpdlib keeps it when it is connected
+        connecting = connector is not None and self.ioloop.socket_map.get(connector._fileno) is connector
+        return self._dtp_acceptor is not None or connecting
+
     def _transfer_ended(self, completed: bool) -> None:
         ended = getattr(self.server, "transfer_ended", None)
         if ended is not None:
             ended(self, completed)
+        line, self._leaving = self._leaving, None
+        if line is not None and not self._closed:
+            self.add_channel()  # for what the client does not take at once
+            self.ftp_QUIT(line)
 
     def data_connection_failed(self, reason: str) -> None:
         """Tell the client, with the reply to the transfer command it has sent or will send next."""
@@ -184,9 +201,21 @@ class EndingMixin(_FTPHandler):
                     file.close()
 
     def ftp_QUIT(self, line: str) -> None:
-        """As pyftpdlib; a data connection that has no transfer is not waited for."""
+        """As pyftpdlib, once the transfer that was asked for before has ended (RFC 959, 4.1.1).
+
+        Nothing more is read meanwhile, so the client may close the control connection. A data connection that
+        has no transfer is not waited for, nor one that was never asked for (425).
+        """
+        if not self._transfer_runs() and not self._awaits_data_connection():
+            self._drop_queued("425 Can't open data connection: no PASV, EPSV, PORT or EPRT came before.")
+        elif transferring(self):
+            self._leaving = line
+            self.del_channel()
+            return
+        if self._closed:  # by the client, when it was told
+            return
         channel = self.data_channel
-        if channel is not None and not transferring(self):
+        if channel is not None:
             channel._error = True  # no TLS shutdown
             channel.close()
         super().ftp_QUIT(line)
@@ -205,11 +234,23 @@ class EndingMixin(_FTPHandler):
         super().flush_account()
 
     def _make_eport(self, ip: Any, port: int) -> None:
+        ip = self._as_we_write_it(ip)
         self._give_up_data_connection()
         if not self._closed:
             super()._make_eport(ip, port)
         if self._closed:  # when it was told, and before pyftpdlib knows what it has opened for it
             self._shutdown_connecting_dtp()
+
+    def _as_we_write_it(self, ip: str) -> str:
+        """The client's own address, however *ip* writes it: pyftpdlib compares texts. Else *ip*."""
+        try:
+            theirs, ours = ipaddress.ip_address(ip), ipaddress.ip_address(self.remote_ip.partition("%")[0])
+        except ValueError:
+            return ip
+        mapped = getattr(ours, "ipv4_mapped", None)
+        if mapped is not None and theirs in (ours, mapped):
+            return str(mapped)  # as pyftpdlib connects to it
+        return self.remote_ip if theirs == ours else ip
 
     def _make_epasv(self, extmode: bool = False) -> None:
         self._give_up_data_connection()

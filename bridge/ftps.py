@@ -8,7 +8,6 @@ mix-ins are put. What is added to pyftpdlib:
   while sessions go on, and their data connections can resume what their control connection began.
 - **A handshake has a minute.** A plain client on the port for implicit TLS waits for the greeting, for ever.
 - **A failed handshake, and a connection that breaks off, is one line** with OpenSSL's reason.
-- **An empty listing has a handshake too**; pyftpdlib closes the connection in the middle of it.
 - **A TLS client on the port for explicit TLS** gets the end of the connection, the log the reason.
 
 How `require_reuse` is enforced, for pyOpenSSL does not say whether a session was resumed: *the data
@@ -310,12 +309,6 @@ class DataMixin(_TLS_DTPHandler):
         """As pyftpdlib; TLS that breaks off is no error of the program."""
         if not _broke_off(self):
             super().handle_error()
-
-    def initiate_send(self) -> None:
-        """As pyftpdlib; to write nothing at all is an error to OpenSSL, and the handshake would fail."""
-        while self.producer_fifo and self.producer_fifo[0] == b"":
-            self.producer_fifo.popleft()
-        super().initiate_send()
 
     def close(self) -> None:
         """As pyftpdlib; an aborted transfer does not end the session that the next one will resume."""

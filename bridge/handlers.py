@@ -132,6 +132,7 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
         if self._closed:
             return
         if command is not None:  # it may be another one than the transfer's
+            self._leaving = None  # 421 in place of QUIT's 221
             self.respond_w_warning(f"{426 if command in TRANSFERS else 451} {reason}")
         if number == self._transfers:
             self._end_transfer(f"426 {reason}")
@@ -160,6 +161,7 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
         if not self._closed:
             self.call_later(GOODBYE, self.close)
 
+            self._leaving = None  # as above
     def _let_go(self, end: Callable[[Any], object], file: Any) -> None:
         """End the file of a transfer that has not begun, when the session ends, whatever that meets."""
         try:

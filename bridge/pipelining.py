@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from bridge.turns import Interrupt
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
-# Of FTPHandler: _closed, _quit_pending, _in_buffer, _in_buffer_len, _wanted_io_events, _fileno; of
+# Of FTPHandler: _closed, _in_buffer, _in_buffer_len, _wanted_io_events, _fileno; of
 # SSLConnectionMixin: _ssl_accepting.
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class PipeliningMixin(_FTPHandler):
     _wanted_io_events: int
     _in_buffer: list[bytes]
     _in_buffer_len: int
+    _leaving: str | None
     #: What comes belongs to a command that was too long.
     _skipping = False
 
@@ -85,7 +86,7 @@ class PipeliningMixin(_FTPHandler):
             if self.ac_in_buffer:
                 self._hold()
             raise
-        if self._quit_pending or getattr(self, "_ssl_accepting", False):
+        if self._leaving is not None or getattr(self, "_ssl_accepting", False):
             self.ac_in_buffer = b""
         if self.producer_fifo or (self.ac_in_buffer and (self._is_deaf() or self._slice_is_over())):
             self._hold()

@@ -255,10 +255,13 @@ class TransferMixin(StartingMixin, ReceivingMixin):
     def initiate_send(self) -> None:
         """As pyftpdlib, with several TLS records or pieces of a listing at a time, behind TLS's handshake.
 
-        (The first write can do the handshake too, and pyftpdlib would not know: 426 twice for an ABOR then.)
+        (The first write can do the handshake too, and pyftpdlib would not know: 426 twice for an ABOR then.
+        To write nothing at all, an empty NLST, is an error to OpenSSL, and the handshake would fail.)
         """
         if getattr(self, "_ssl_accepting", False):
             return
+        while self.producer_fifo and self.producer_fifo[0] == b"":
+            self.producer_fifo.popleft()
         before, until = self.tot_bytes_sent, monotonic() + BURST
         super().initiate_send()
         while self._in_bursts and self.producer_fifo and not self._closed:

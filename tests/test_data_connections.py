@@ -13,8 +13,10 @@ import psutil
 import pytest
 from cli import Command
 from pyftpdlib.handlers import FTPHandler
-from support import PATIENCE, Client, eventually, handler_class, reset, started, users
+from support import PATIENCE, Client, encrypted, eventually, handler_class, reset, started, users
 from uploading import site
+
+CONTENT = bytes(range(256)) * 20_000
 
 
 @contextlib.contextmanager
@@ -63,6 +65,115 @@ def test_quit_does_not_wait_for_a_data_connection_without_a_transfer(tmp_path: P
         data.settimeout(PATIENCE)
         with contextlib.suppress(ConnectionResetError):
             assert data.recv(1) == b""
+
+
+def quitting(home: Path, **attributes: Any) -> Any:
+    (home / "old").write_bytes(CONTENT)
+    return started(handler_class(users(home), **attributes))
+
+
+def assert_stored_before_the_goodbye(client: Client, home: Path) -> None:
+    assert client.reply().startswith("226")
+    assert client.reply().startswith("221")
+    assert client.ended()
+    assert (home / "new").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("connected", ["before", "after"])
+def test_quit_behind_stor_waits_for_the_upload(tmp_path: Path, connected: str) -> None:
+    """STOR and QUIT in one packet: Cisco's IOS sends them so."""
+    with quitting(tmp_path) as server, Client(server) as client:
+        number = int(client.command("EPSV", "229").split("|")[3])
+        data = gevent.socket.socket()
+        if connected == "before":
+            data.connect(("127.0.0.1", number))
+            eventually(lambda: next(iter(server._sessions)).data_channel)
+        client.send("STOR new", "QUIT", "DELE old")
+        assert client.reply().startswith("125" if connected == "before" else "150")
+        if connected == "after":
+            eventually(lambda: next(iter(server._sessions))._leaving is not None)
+            data.connect(("127.0.0.1", number))
+        with data:
+            data.sendall(CONTENT)
+        assert_stored_before_the_goodbye(client, tmp_path)
+        assert (tmp_path / "old").exists()
+
+
+def test_quit_behind_stor_waits_in_active_mode(tmp_path: Path) -> None:
+    with quitting(tmp_path) as server, Client(server) as client, gevent.socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        listener.settimeout(PATIENCE)
+        high, low = divmod(listener.getsockname()[1], 256)
+        client.send(f"PORT 127,0,0,1,{high},{low}", "STOR new", "QUIT")
+        with listener.accept()[0] as data:
+            data.sendall(CONTENT)
+        assert {client.reply()[:3], client.reply()[:3]} == {"200", "150"}
+        assert_stored_before_the_goodbye(client, tmp_path)
+
+
+def test_quit_in_a_download_follows_its_reply(tmp_path: Path) -> None:
+    with quitting(tmp_path) as server, Client(server) as client, client.data() as data:
+        client.command("TYPE I", "200")
+        client.command("RETR old", "1")
+        client.send("QUIT")
+        eventually(lambda: next(iter(server._sessions))._leaving is not None)
+        content = b""
+        while chunk := data.recv(65536):
+            content += chunk
+        assert content == CONTENT
+        assert client.reply().startswith("226")
+        assert client.reply().startswith("221")
+        assert client.ended()
+
+
+def test_a_client_may_close_the_control_connection_behind_quit(tmp_path: Path) -> None:
+    with quitting(tmp_path) as server, Client(server) as client, client.data() as data:
+        client.command("STOR new", "1")
+        client.send("QUIT")
+        client.sock.shutdown(socket.SHUT_WR)
+        eventually(lambda: next(iter(server._sessions))._leaving is not None)
+        data.sendall(CONTENT)
+        data.close()
+        assert_stored_before_the_goodbye(client, tmp_path)
+
+
+def test_quit_does_not_wait_for_a_data_connection_that_never_comes(tmp_path: Path) -> None:
+    class Impatient(FTPHandler.passive_dtp):
+        timeout = 0.01
+
+    with quitting(tmp_path, passive_dtp=Impatient) as server, Client(server) as client:
+        client.command("EPSV", "229")
+        client.send("STOR new", "QUIT")
+        replies = [client.reply()[:3] for _ in range(3)]
+        assert replies in (["150", "425", "221"], ["425", "221", ""])  # the latter if the time was up at once
+        assert client.ended()
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["none", "one that is used up"])
+def test_quit_does_not_wait_for_a_data_connection_that_nobody_has_asked_for(
+    tmp_path: Path, before: bool
+) -> None:
+    with quitting(tmp_path) as server, Client(server) as client:
+        if before:
+            with port(client) as data:
+                client.command("RETR old", "125")
+                while data.recv(65536):
+                    pass
+            assert client.reply().startswith("226")
+        client.send("STOR new", "QUIT")
+        assert [client.reply()[:3] for _ in range(4)] == ["150", "425", "221", ""]
+
+
+def test_disconnect_says_421_where_quit_waits(tmp_path: Path) -> None:
+    with quitting(tmp_path) as server, Client(server) as client, client.data():
+        client.command("STOR new", "1")
+        client.send("QUIT")
+        eventually(lambda: next(iter(server._sessions))._leaving is not None)
+        server.sessions()[0].disconnect("Enough")
+        assert client.reply() == "426 Enough"
+        assert client.reply() == "421 Enough"
+        assert client.ended()
 
 
 def test_empty_lines_in_ascii_mode_do_not_block_the_hub(tmp_path: Path) -> None:
@@ -153,3 +264,18 @@ def test_the_command_over_tls_gives_one_reply_to_it_too(
         assert client.voidcmd("NOOP").startswith("200")
         assert client.sendcmd("PASV").startswith("227")
         assert "Traceback" not in server.stop()[1]
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("command", ["NLST", "LIST", "MLSD"])
+def test_an_empty_listing_is_a_transfer_like_any_other(tmp_path: Path, tls: bool, command: str) -> None:
+    """To write nothing is an error to OpenSSL; pyftpdlib would close in the middle of the handshake."""
+    with site(tmp_path, tls) as it, it.client() as client:
+        for _ in range(20):  # it depends on what comes first, the command or the ClientHello
+            client.send("EPSV")
+            number = int(client.reply().split("|")[3])
+            with gevent.socket.create_connection(("127.0.0.1", number), PATIENCE) as data:
+                client.command(command, "1")
+                with encrypted(data) if tls else data as connection:
+                    assert connection.recv(10) == b""
+            assert client.reply().startswith("226")
