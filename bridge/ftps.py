@@ -69,6 +69,9 @@ _VERIFY_ERRORS = {
     if name.startswith("ERR_")
 }
 
+#: Versions of TLS by their names.
+VERSIONS = {"1.2": SSL.TLS1_2_VERSION, "1.3": SSL.TLS1_3_VERSION}
+
 #: What begins a TLS connection, and no command: a record with a handshake in it, of version 3.x.
 _CLIENT_HELLO = b"\x16\x03"
 
@@ -79,16 +82,18 @@ class Contexts:
     """What handshakes are made with.
 
     - (bool) require_reuse: data connections must resume the TLS session of their control connection.
+    - (str) tls_max: the newest version of TLS that is spoken, of VERSIONS; None for OpenSSL's newest.
 
     `take` comes first, and whenever the certificate has changed.
     """
 
-    def __init__(self, *, require_reuse: bool = False) -> None:
+    def __init__(self, *, require_reuse: bool = False, tls_max: str | None = None) -> None:
         self.require_reuse = require_reuse
+        self._newest = VERSIONS[tls_max] if tls_max else 0
         #: For every control connection, unless each needs its own.
         self.context: Any = None
         #: Resumes sessions and does nothing else.
-        self.resuming: Any = _context(None, []) if require_reuse else None
+        self.resuming: Any = _context(None, [], self._newest) if require_reuse else None
         self._made_of: tuple[Identity, list[Any]] | None = None
 
     def take(self, identity: Identity, client_ca: list[Any]) -> None:
@@ -97,7 +102,7 @@ class Contexts:
         An empty list lets in all. Raises UsageError if OpenSSL does not like it, and goes on as before.
         """
         try:
-            self.context = _context(identity, client_ca)
+            self.context = _context(identity, client_ca, self._newest)
         except (SSL.Error, crypto.Error) as error:
             raise UsageError(f"--certfile: OpenSSL refuses {identity.path!r}: {_reason(error)}") from None
         self._made_of = identity, client_ca
@@ -106,12 +111,13 @@ class Contexts:
         """The context for a new control connection."""
         if not self.require_reuse or self._made_of is None:
             return self.context
-        return _context(*self._made_of)
+        return _context(*self._made_of, self._newest)
 
 
-def _context(identity: Identity | None, client_ca: list[Any]) -> Any:
+def _context(identity: Identity | None, client_ca: list[Any], newest: int) -> Any:
     context: Any = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_max_proto_version(newest)
     context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
     # 26 kB for an idle TLS session instead of 48, at no cost that shows (measured, OpenSSL 4.0).
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)

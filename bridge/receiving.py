@@ -35,6 +35,10 @@ else:  # a mix-in: what it extends is the class it is put before
     _DTPHandler = object
 
 
+#: OpenSSL.SSL.RECEIVED_SHUTDOWN, since pyOpenSSL need not be installed (SSL_get_shutdown(3)).
+_RECEIVED_SHUTDOWN = 2
+
+
 def give_up(file: Any) -> bool:
     """Abort *file*, an upload that did not complete; if it cannot, close it. Whether it could.
 
@@ -95,7 +99,9 @@ class ReceivingMixin(_DTPHandler):
             return True
         if _is_reset(error):
             return True
-        return is_bare_eof(error) and bool(getattr(self.cmd_channel, "require_close_notify", True))
+        if not is_bare_eof(error) or _has_said_goodbye(self.socket):
+            return False
+        return bool(getattr(self.cmd_channel, "require_close_notify", True))
 
     def _close_file(self) -> OSError | None:
         """Close or abort an uploaded file; what failed."""
@@ -180,6 +186,14 @@ def is_bare_eof(error: BaseException | None) -> bool:
     if kind.__name__ == "SysCallError":
         return bool(error.args[0] == -1)
     return kind.__name__ == "Error" and "unexpected eof" in str(error)
+
+
+def _has_said_goodbye(sock: Any) -> bool:
+    """Whether TLS's close_notify has come, whatever pyOpenSSL has raised.
+
+    Java (JSSE) ends TLS 1.3 with `user_canceled` and close_notify: pyOpenSSL raises the error of a bare end.
+    """
+    return bool(getattr(sock, "get_shutdown", int)() & _RECEIVED_SHUTDOWN)
 
 
 def _is_reset(error: BaseException | None) -> bool:

@@ -26,7 +26,7 @@ EXPLICIT, IMPLICIT = "explicit", "implicit"
 #: Options that mean nothing without --tls.
 _NEED_TLS = (
     *("certfile", "keyfile", "tls_control_required", "tls_data_required", "tls_required"),
-    *("require_session_reuse", "client_ca"),
+    *("require_session_reuse", "client_ca", "tls_max"),
 )
 
 
@@ -41,6 +41,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="offer FTPS: explicit (the default), where clients ask for TLS with AUTH, or implicit, TLS from "
         f"the first byte on, for which -p 990 is the standard port (its default stays {DEFAULT_PORT}). "
         "Without --certfile, a self-signed certificate is made once and kept",
+    )
+    group.add_argument(
+        "--tls-max",
+        choices=("1.2", "1.3"),
+        help="the newest version of TLS to speak. With 1.3, rclone and Perl's and Ruby's Net::FTP lose "
+        "uploads; with 1.2 they do not (default: OpenSSL's newest)",
     )
     group.add_argument(
         "--keyfile", metavar="PATH", help="private key, PEM (default: in the certificate's file)"
@@ -90,7 +96,7 @@ def configure(site: Site) -> None:
         from bridge.ftps import Contexts, ControlMixin, DataMixin
     except ImportError:
         raise UsageError("--tls needs pyOpenSSL: pip install 'pyftpdlib-gevent[tls]'") from None
-    contexts = Contexts(require_reuse=options.require_session_reuse)
+    contexts = Contexts(require_reuse=options.require_session_reuse, tls_max=options.tls_max)
     site.base = TLS_FTPHandler
     site.mixins.append(ControlMixin)
     site.data_mixins.append(DataMixin)

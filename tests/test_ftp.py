@@ -366,7 +366,7 @@ OURS |= {"--config", "--check", "--print-config", "--user", "--chroot", "--worke
 OURS |= {"--proxy-protocol", "--masquerade", "--passive-ports"}
 OURS |= {"--users", "--anonymous", "--ban"}
 OURS |= {"--http", "--http-admin"}
-OURS |= {"--tls-required", "--require-session-reuse", "--client-ca"}
+OURS |= {"--tls-required", "--require-session-reuse", "--client-ca", "--tls-max"}
 OURS |= {"--log-format", "--log-file", "--xferlog", "--quiet"}
 
 

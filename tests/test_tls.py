@@ -536,3 +536,19 @@ def test_it_works_whatever_the_concurrency(home: Path, mode: str, concurrency: s
         store(client)
         assert (home / "file").read_bytes() == CONTENT
         client.quit()
+
+
+@BOTH_MODES
+def test_tls_max_leaves_out_what_is_newer(home: Path, mode: str) -> None:
+    with Command("--tls", mode, "--tls-max", "1.2", "-w", directory=home) as server:
+        implicit = mode == "implicit"
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            FTPS(server, client_context(ssl.TLSVersion.TLSv1_3), implicit=implicit)
+        context = client_context()
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        client = FTPS(server, context, implicit=implicit)
+        assert isinstance(client.sock, ssl.SSLSocket)
+        assert client.sock.version() == "TLSv1.2"
+        store(client)
+        assert (home / "file").read_bytes() == CONTENT
+        client.quit()

@@ -184,3 +184,37 @@ def test_the_session_ends_by_the_reply_that_cannot_be_sent(
         assert control._idler is None or control._idler.cancelled
     assert not lines_of(caplog, "bridge", logging.ERROR)
     assert not lines_of(caplog, "pyftpdlib", logging.ERROR)
+
+
+class JavasEnd:
+    """A TLS connection of pyOpenSSL's whose close_notify is raised as Java's is: as an end without one.
+
+    JSSE sends `user_canceled` before it, and ends TCP at once.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def recv(self, size: int) -> bytes:
+        from OpenSSL import SSL
+
+        try:
+            return bytes(self._connection.recv(size))
+        except SSL.ZeroReturnError:
+            raise SSL.SysCallError(-1, "Unexpected EOF") from None
+
+
+def test_a_goodbye_of_tls_is_one_whatever_pyopenssl_raises(tmp_path: Path) -> None:
+    with site(tmp_path, True, fs=AbstractedFS) as it, it.client() as client:
+        with client.data() as data:
+            client.command("STOR file", "1")
+            data.sendall(CONTENT)
+            it.in_progress(len(CONTENT))
+            channel = it.control().data_channel
+            channel.socket = JavasEnd(channel.socket)
+            data.unwrap()
+        assert client.reply() == "226 Transfer complete."
+        assert it.events[-1] == ("received", str(it.home / "file"))
