@@ -125,6 +125,7 @@ class _Reports(Collector):
                     (each["slot"], (value,) if label else (), each[key])
                     for each in self._gauges
                     for value, key in keys.items()
+                    if each[key] is not None
                 ],
             )
         for name, text in POOLS:

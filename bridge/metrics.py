@@ -123,15 +123,13 @@ class Reporter:
     """
 
     def __init__(self, slot: int, counts: Counts, server: Any, shown: Callable[[str], str]) -> None:
-        import psutil  # the `metrics` extra
-
         self.slot = slot
         self._counts = counts
         self._server = server
         self._shown = shown
         self._pulse = Pulse(counts, server)
-        self._process = psutil.Process()
-        self._resources = {"descriptors": 0, "memory": 0, "cpu": 0.0}
+        self._process = _this_process()
+        self._resources: dict[str, float | None] = {"descriptors": None, "memory": None, "cpu": 0.0}
 
     def close(self) -> None:
         """End the pulse."""
@@ -157,7 +155,13 @@ class Reporter:
         }
 
     def _look(self) -> dict[str, Any]:
-        """What this process takes of the machine; while it has no descriptor to look with, what it took."""
+        """What this process takes of the machine; while it has no descriptor to look with, what it took.
+
+        Descriptors and memory are None where there is no /proc: in a chroot.
+        """
+        if self._process is None:
+            spent = os.times()
+            return {**self._resources, "cpu": spent.user + spent.system}
         try:
             with self._process.oneshot():
                 times = self._process.cpu_times()
@@ -206,6 +210,15 @@ class Reporter:
                 "size": None if live is None else live.size,
             }
         return told
+
+
+def _this_process() -> Any:
+    """psutil's, which reads /proc; None in a chroot (privileges.py)."""
+    try:
+        import psutil  # the `metrics` extra, whose presence is checked at the start
+    except ImportError:
+        return None
+    return psutil.Process()
 
 
 def _threads(hub: Any) -> dict[str, dict[str, int]]:

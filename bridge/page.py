@@ -29,7 +29,7 @@ def merged(reports: list[dict[str, Any]], columns: dict[int, dict[str, int]]) ->
     status: dict[str, Any] = {
         "now": now,
         "state": "started" if any(each["state"] == "started" for each in reports) else "draining",
-        **{key: sum(each[key] for each in reports) for key in _SUMS},
+        **{key: _sum([each[key] for each in reports]) for key in _SUMS},
         "lag_max": max(each["lag_max"] for each in reports),
         "workers": [{k: v for k, v in each.items() if k not in ("history", "listed")} for each in reports],
         "totals": {},
@@ -45,6 +45,11 @@ def merged(reports: list[dict[str, Any]], columns: dict[int, dict[str, int]]) ->
     status["shown"] = _figures(status)
     status["chart"] = _chart(status["history"], now)
     return status
+
+
+def _sum(values: list[Any]) -> Any:
+    """None if one is not known."""
+    return None if None in values else sum(values)
 
 
 def _history(histories: list[list[Any]]) -> list[list[float]]:
@@ -98,8 +103,8 @@ def _figures(status: dict[str, Any]) -> dict[str, str]:
         "logins_failed": str(totals.get("logins_failed", 0)),
         "transferred": size(totals.get("bytes_download", 0) + totals.get("bytes_upload", 0)),
         "failed": str(sum(totals.get(f"transfers_{way}_failed", 0) for way in ("upload", "download"))),
-        "memory": size(status["memory"]),
-        "descriptors": str(status["descriptors"]),
+        "memory": "unknown" if status["memory"] is None else size(status["memory"]),
+        "descriptors": "unknown" if status["descriptors"] is None else str(status["descriptors"]),
         "workers": str(states.count("started"))
         + (f" + {states.count('draining')} draining" if "draining" in states else ""),
         "more": f"and {more} more" if more > 0 else "",

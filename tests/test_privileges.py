@@ -13,11 +13,13 @@ import io
 import os
 import pwd
 import random
+import re
 import shutil
 import signal
 import ssl
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -335,3 +337,22 @@ def test_check_drops_nothing_but_says_what_is_wrong(jail: Path) -> None:
     result = run(sys.executable, "-m", "bridge.ftp", "--check", "--user", "nobody", directory=jail)
     assert (result.returncode, result.stderr) == (0, "")
     assert "no-such-user" in failure(jail, "--check", "--user", "no-such-user")
+
+
+@pytest.mark.parametrize("workers", [[], ["--workers", "2"]], ids=["one process", "workers"])
+def test_metrics_and_page_in_a_chroot(jail: Path, workers: list[str]) -> None:
+    """There is no /proc, so descriptors and memory are not known."""
+    options = ("--user", "nobody", "--chroot", str(jail), "--http", "0", *workers)
+    with Command(*options, directory=jail / "pub") as server, log_in(server) as client:
+        assert client.nlst() == ["hello.txt"]
+        url = server.printed("^Status: ").split()[-1]
+        with urllib.request.urlopen(f"{url}metrics", timeout=LIMIT) as response:
+            metrics = response.read().decode()
+        assert re.search(r"^bridge_worker_cpu_seconds_total\{.*\} 0\.\d", metrics, re.MULTILINE)
+        assert not re.search(r"^bridge_resident_memory_bytes ", metrics, re.MULTILINE)
+        with urllib.request.urlopen(url, timeout=LIMIT) as response:
+            assert ">unknown<" in response.read().decode()
+        client.quit()
+        code, output = server.stop()
+        assert code == 0, output
+        assert "Traceback" not in output
