@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -46,18 +47,18 @@ from bridge.dataports import ActiveMixin, PassiveMixin
 from bridge.endings import TRANSFERS, EndingMixin
 from bridge.events import Events, EventsMixin
 from bridge.homes import HomeFS
-from bridge.pipelining import PipeliningMixin
 from bridge.offload import OffloadedFS
+from bridge.pipelining import PipeliningMixin
 from bridge.receiving import give_up
 from bridge.strict import StrictMixin
 from bridge.transfers import LIMITS, REPLY_CODES, TransferMixin, is_unreachable, transferring
 from bridge.turns import Interrupt, current_session
-
 from bridge.uploads import AtomicFS
 from bridge.virtual import VirtualFS
+
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
-# Of FTPHandler: _closed, _closing, _last_response, _in_dtp_queue, _out_dtp_queue; of DTPHandler: _closed; of
-# SSLConnectionMixin: _error, _do_ssl_shutdown.
+# Of FTPHandler: _closed, _closing, _last_response, _in_dtp_queue, _out_dtp_queue, _rnfr; of DTPHandler:
+# _closed; of SSLConnectionMixin: _error, _do_ssl_shutdown.
 
 #: Seconds a client has to take a last reply before the connection is closed all the same. vsftpd: 5.
 GOODBYE = 5.0
@@ -65,6 +66,13 @@ GOODBYE = 5.0
 #: Seconds between the last 226 and the 421 of a server that stops: when its control connection ends, lftp
 #: throws away what it has not yet read from the data connection.
 LINGER = 1.0
+
+#: For bytes that are not in the session's encoding (PEP 383): a name is the same bytes on the wire and on the
+#: disk, so two names stay two. pyftpdlib's "replace" makes one file of `B\xe4r.txt` and `B\xf6r.txt`.
+UNICODE_ERRORS = "surrogateescape"
+
+#: A byte that is no text, as `surrogateescape` decodes it.
+_INVALID = re.compile("[\udc80-\udcff]")
 
 
 class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
@@ -74,6 +82,7 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
     `last_active`, when the last one began or the last transfer ended (`time.time()`).
     """
 
+    _rnfr: str | None
     #: Why the session is about to be ended, once its transfer has.
     farewell = ""
     #: The server knows that it has ended.
@@ -123,6 +132,7 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
 
     def _disconnect(self, reason: str) -> None:
         if not self._closed:
+            self._leaving = None  # 421 in place of QUIT's 221
             self._end_transfer(f"426 {reason}")
             self.respond_w_warning(f"421 {reason}")
             self._close_soon()
@@ -132,7 +142,6 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
         if self._closed:
             return
         if command is not None:  # it may be another one than the transfer's
-            self._leaving = None  # 421 in place of QUIT's 221
             self.respond_w_warning(f"{426 if command in TRANSFERS else 451} {reason}")
         if number == self._transfers:
             self._end_transfer(f"426 {reason}")
@@ -152,6 +161,7 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
     def cut(self, reason: str) -> None:
         """The server's time is up: 426, 421, close, whether the client reads it or not."""
         if not self._closed:
+            self._leaving = None  # as above
             self._end_transfer(f"426 {reason}")
             self.respond(f"421 {reason}")
             self.close()
@@ -161,7 +171,6 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
         if not self._closed:
             self.call_later(GOODBYE, self.close)
 
-            self._leaving = None  # as above
     def _let_go(self, end: Callable[[Any], object], file: Any) -> None:
         """End the file of a transfer that has not begun, when the session ends, whatever that meets."""
         try:
@@ -170,6 +179,14 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
             self.log(f"cannot end {file.name}: {error!r}", logfun=logger.error)
 
     # --- pyftpdlib's methods
+
+    def log(self, msg: str, logfun: Callable[..., None] = logger.info) -> None:
+        """As pyftpdlib; bytes that are no text are `\\xNN`, since log handlers may write UTF-8 only."""
+        super().log(msg if msg.isascii() else _INVALID.sub(_escaped, msg), logfun)
+
+    def logline(self, msg: str, logfun: Callable[..., None] = logger.debug) -> None:
+        """As `log`."""
+        super().logline(msg if msg.isascii() else _INVALID.sub(_escaped, msg), logfun)
 
     def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
         """As pyftpdlib; also keeps `command` and `last_active`."""
@@ -224,6 +241,24 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
     def _recode_no_more(self) -> None:
         self._recodes = False
         self.__dict__.pop("respond", None)
+
+    def ftp_MLSD(self, path: str) -> Any:
+        """As pyftpdlib; 550 if nothing is there, 501 only for what is no directory (RFC 3659, 7.2.1)."""
+        try:
+            self.run_as_current_user(self.fs.lstat, path)
+        except (OSError, FilesystemError) as error:
+            self.respond(f"550 {strerror(error)}.")
+            return None
+        return super().ftp_MLSD(path)
+
+    def ftp_RNTO(self, path: str) -> Any:
+        """As pyftpdlib; to replace a file needs the right to delete it or to write it."""
+        allowed = any(self.authorizer.has_perm(self.username, right, path) for right in "dw")
+        if self._rnfr and not allowed and self.fs.lexists(path):
+            self._rnfr = None
+            self.respond("550 Not enough privileges to replace what is there.")
+            return None
+        return super().ftp_RNTO(path)
 
     def ftp_NLST(self, path: str) -> Any:
         """As pyftpdlib; a file system that has `format_nlst` makes the lines (bridge.offload)."""
@@ -308,11 +343,25 @@ def prepared(handler: Any) -> Any:
         base: Any = getattr(handler, name)
         if not issubclass(base, mixin):
             attributes[name] = _derived(base, mixin, {})
-    if getattr(handler, "abstracted_fs", None) is AbstractedFS:
+    if getattr(handler, "unicode_errors", "") == "replace":  # pyftpdlib's default
+        attributes["unicode_errors"] = UNICODE_ERRORS
+    fs = getattr(handler, "abstracted_fs", None)
+    if fs is AbstractedFS:
         attributes["abstracted_fs"] = HomeFS
+    elif _leaves_the_disk_to_pyftpdlib(fs):
+        attributes["abstracted_fs"] = _derived(fs, None, {}, HomeFS)
     first = None if issubclass(handler, SessionMixin) else SessionMixin
     last = None if issubclass(handler, Events) else Events
     return _derived(handler, first, attributes, last) if first or last or attributes else handler
+
+
+def _leaves_the_disk_to_pyftpdlib(fs: Any) -> bool:
+    """Whether no class of *fs* but our mix-ins (AtomicFS, OffloadedFS) overrides AbstractedFS."""
+    if not isinstance(fs, type) or not issubclass(fs, AbstractedFS) or issubclass(fs, (HomeFS, VirtualFS)):
+        return False
+    methods = {name for name in vars(AbstractedFS) if not name.startswith("__")}
+    others = set(fs.__mro__) - {AtomicFS, OffloadedFS, AbstractedFS}
+    return not any(methods & vars(each).keys() for each in others)
 
 
 def _derived(base: Any, first: Any, attributes: dict[str, Any], last: Any = None) -> Any:
@@ -325,6 +374,10 @@ def _close(file: Any) -> None:
     file.close()
 
 
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\x{ord(match[0]) - 0xDC00:02x}"
+
+
 def _one_line(reason: str) -> str:
     return " ".join(reason.split())
 
@@ -333,6 +386,7 @@ class FTPHandler(SessionMixin, pyftpdlib.handlers.FTPHandler, Events):
     """pyftpdlib's FTPHandler with all of this module."""
 
     abstracted_fs = HomeFS
+    unicode_errors = UNICODE_ERRORS
     dtp_handler = _derived(pyftpdlib.handlers.DTPHandler, TransferMixin, {})
     passive_dtp = _derived(pyftpdlib.handlers.FTPHandler.passive_dtp, PassiveMixin, {})
     active_dtp = _derived(pyftpdlib.handlers.FTPHandler.active_dtp, ActiveMixin, {})
@@ -344,17 +398,7 @@ if hasattr(pyftpdlib.handlers, "TLS_FTPHandler"):  # pyOpenSSL is installed
         """pyftpdlib's TLS_FTPHandler with all of this module."""
 
         abstracted_fs = HomeFS
+        unicode_errors = UNICODE_ERRORS
         dtp_handler = _derived(pyftpdlib.handlers.TLS_DTPHandler, TransferMixin, {})
         passive_dtp = FTPHandler.passive_dtp
         active_dtp = FTPHandler.active_dtp
-    elif _leaves_the_disk_to_pyftpdlib(fs):
-        attributes["abstracted_fs"] = _derived(fs, None, {}, HomeFS)
-def _leaves_the_disk_to_pyftpdlib(fs: Any) -> bool:
-    """Whether no class of *fs* but our mix-ins (AtomicFS, OffloadedFS) overrides AbstractedFS."""
-    if not isinstance(fs, type) or not issubclass(fs, AbstractedFS) or issubclass(fs, (HomeFS, VirtualFS)):
-        return False
-    methods = {name for name in vars(AbstractedFS) if not name.startswith("__")}
-    others = set(fs.__mro__) - {AtomicFS, OffloadedFS, AbstractedFS}
-    return not any(methods & vars(each).keys() for each in others)
-
-

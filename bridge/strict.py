@@ -33,6 +33,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pyftpdlib.exceptions import FilesystemError
+from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.log import logger
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
@@ -176,7 +177,10 @@ class StrictMixin(_FTPHandler):
         """As pyftpdlib; *data* are lines that end with CRLF, and have no other breaks."""
         if not data.find("\r") == len(data) - 2 == data.find("\n") - 1:  # more than one line
             data = _BREAK.sub("?", data)
-        super().push(data)
+        try:
+            super().push(data)
+        except UnicodeEncodeError:  # pyftpdlib does not use `unicode_errors` here
+            AsyncChat.push(self, data.encode(self.encoding, self.unicode_errors))
 
     def push_with_producer(self, producer: Any) -> None:
         """As pyftpdlib; this is STAT's listing. If that fails, the session ends."""

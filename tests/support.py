@@ -19,6 +19,7 @@ from typing import Any
 import gevent
 import gevent.socket
 import gevent.ssl
+import pytest
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import DTPHandler, FTPHandler
 from pyftpdlib.servers import FTPServer
@@ -29,6 +30,18 @@ from bridge import GeventFTPServer, GeventIOLoop
 PATIENCE = 20.0
 #: Seconds of CPU that the rest of something may take before all is idle. A spin takes them in no time.
 BUSY = 0.15
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6 address ::1")
 
 
 def users(home: Any, authorizer: DummyAuthorizer | None = None, *names: str) -> DummyAuthorizer:

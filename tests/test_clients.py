@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from cli import LIMIT, Command, certificate, environment, log_in, run
+from support import needs_ipv6
 
 pytestmark = pytest.mark.program
 
@@ -313,18 +314,6 @@ def test_curl_resumes_a_cut_upload(shared: Path, local: Path) -> None:
         curl("-C", "-", "-T", str(local / "file"), url(server, "file"))
         assert (shared / "file").read_bytes() == data
         assert_only_the_rest_was_sent(server, "APPE", BIG - arrived)
-
-
-def ipv6_is_available() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not ipv6_is_available(), reason="this machine has no IPv6 address ::1")
 
 
 @needs_curl

@@ -21,7 +21,7 @@ from gevent import monkey
 from pyftpdlib.handlers import DTPHandler, FTPHandler, ThrottledDTPHandler
 from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.servers import FTPServer, MultiprocessFTPServer, ThreadedFTPServer
-from support import PATIENCE, handler_class, serving_in_thread, time_out, users
+from support import PATIENCE, handler_class, needs_ipv6, serving_in_thread, time_out, users
 
 from bridge import GeventIOLoop
 
@@ -37,14 +37,7 @@ def loop_class(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def has_ipv6() -> bool:
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
-        sock.bind(("::1", 0))
-        return True
-    return False
-
-
-HOSTS = ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here"))]
+HOSTS = ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)]
 
 
 @contextlib.contextmanager

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import errno
 import ftplib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from socket import AF_INET6
 from typing import Any
 
 import gevent.socket
 import pytest
 from cli import Command, certificate, log_in
 from fakes import Gate, WaitingAuthorizer
+from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers import TLS_FTPHandler
-from support import PATIENCE, Client, eventually, handler_class, started, users
+from support import PATIENCE, Client, eventually, handler_class, needs_ipv6, started, users
+
+from bridge import GeventFTPServer
 
 LIMIT = 2048  # pyftpdlib's, bytes of a command
 
@@ -28,6 +34,16 @@ def home(tmp_path: Path) -> Path:
 
 def serving(home: Path, **attributes: Any) -> Any:
     return started(handler_class(users(home), **attributes))
+
+
+@contextmanager
+def serving_at(host: str, home: Path) -> Iterator[Any]:
+    server = GeventFTPServer((host, 0), handler_class(users(home)))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop(0)
 
 
 def handlers(server: Any) -> list[Any]:
@@ -271,3 +287,70 @@ def test_prot_c_does_not_get_around_tls(home: Path, tls: Any) -> None:
         with pytest.raises(ConnectionRefusedError):
             gevent.socket.create_connection(("127.0.0.1", port), PATIENCE)
         client.command("EPSV", "550")
+
+
+# --- what a user may, and who a client is
+
+
+@pytest.mark.parametrize(
+    ("perm", "code"),
+    [("elrf", "550"), ("elraf", "550"), ("elrwf", "250"), ("elrdf", "250")],
+    ids=["rename", "append", "write", "delete"],
+)
+@pytest.mark.parametrize("target", ["other", "empty"])
+def test_to_replace_by_a_rename_takes_the_right_to_delete_or_to_write(
+    home: Path, perm: str, code: str, target: str
+) -> None:
+    (home / "other").write_text("other")
+    (home / "empty").mkdir()
+    (home / "directory").mkdir()
+    authorizer = DummyAuthorizer()
+    authorizer.add_user("u", "p", str(home), perm=perm)
+    with started(handler_class(authorizer)) as server, Client(server) as client:
+        source = "file" if target == "other" else "directory"
+        client.command(f"RNFR {source}", "350")
+        client.command(f"RNTO {target}", code)
+        assert (home / source).exists() == (code == "550")
+        if code == "550":
+            client.command(f"RNTO {target}", "503")  # the RNFR is used up
+        client.command(f"RNFR {target}", "350")
+        client.command("RNTO new", "250")
+    assert (home / "new").exists()
+
+
+@needs_ipv6
+@pytest.mark.parametrize(
+    "address",
+    ["::1", "0:0:0:0:0:0:0:1", "0000:0000:0000:0000:0000:0000:0000:0001", "::0001", "::0.0.0.1"],
+)
+def test_eprt_may_write_the_clients_address_as_it_likes(home: Path, address: str) -> None:
+    with serving_at("::1", home) as server, Client(server) as client, gevent.socket.socket(AF_INET6) as data:
+        data.bind(("::1", 0))
+        data.listen(1)
+        data.settimeout(PATIENCE)
+        client.command(f"EPRT |2|{address}|{data.getsockname()[1]}|", "200")
+        client.send("RETR file")
+        with data.accept()[0] as connection:
+            assert connection.recv(100) == b"content"
+
+
+@needs_ipv6
+def test_eprt_to_a_stranger_is_refused_however_it_is_written(home: Path) -> None:
+    with serving_at("::1", home) as server, Client(server) as client:
+        for address in ("::2", "0:0:0:0:0:0:0:2", "::ffff:127.0.0.1", "nonsense", ""):
+            client.command(f"EPRT |2|{address}|2000|", "501")
+
+
+@needs_ipv6
+@pytest.mark.parametrize("address", ["|1|127.0.0.1|", "|2|::ffff:127.0.0.1|", "|2|::FFFF:7f00:1|"])
+def test_eprt_of_an_ipv4_client_on_an_ipv6_socket(home: Path, address: str) -> None:
+    with serving_at("::", home) as server:
+        with Client(type("", (), {"address": ("127.0.0.1", server.address[1])})) as client:
+            with gevent.socket.socket() as data:
+                data.bind(("127.0.0.1", 0))
+                data.listen(1)
+                data.settimeout(PATIENCE)
+                client.command(f"EPRT {address}{data.getsockname()[1]}|", "200")
+                client.send("RETR file")
+                with data.accept()[0] as connection:
+                    assert connection.recv(100) == b"content"

@@ -220,7 +220,7 @@ def test_errors_have_replies(error: Exception, reply: str) -> None:
             client.command("STOR x", "550 " + reply)
         server.fs.entries = refused
         if not isinstance(error, FilesystemError):
-            for command, code in (("LIST", "550"), ("SIZE x", "550"), ("CWD x", "550"), ("MLSD x", "501")):
+            for command, code in (("LIST", "550"), ("SIZE x", "550"), ("CWD x", "550"), ("MLSD x", "550")):
                 client.command(command, code)
 
 
