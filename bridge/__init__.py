@@ -11,17 +11,17 @@ starts nothing and takes no hub.
 
 from typing import TYPE_CHECKING
 
-from bridge.authorizers import OffloadedAuthorizer
-from bridge.default import install, uninstall
-from bridge.handlers import FTPHandler
-from bridge.hashing import HashMixin
-from bridge.ioloop import GeventIOLoop
-from bridge.offload import OffloadedFS
-from bridge.servers import GeventFTPServer
+from bridge.filesystems.atomic import AtomicFS
+from bridge.filesystems.authorizers import OffloadedAuthorizer
+from bridge.filesystems.offload import OffloadedFS
+from bridge.filesystems.virtual import VirtualFS
+from bridge.loop.install import install, uninstall
+from bridge.loop.ioloop import GeventIOLoop
+from bridge.loop.turns import current_session
+from bridge.server.server import GeventFTPServer
+from bridge.session.control import FTPHandler
+from bridge.session.hash_commands import HashMixin
 from bridge.testing import running
-from bridge.turns import current_session
-from bridge.uploads import AtomicFS
-from bridge.virtual import VirtualFS
 
 __all__ = [
     "AtomicFS",

@@ -1,7 +1,8 @@
 """`running()`: an FTP server in the background, for the tests of programs that talk to one.
 
-Sits on servers.py. Where the caller's sockets are gevent's (`patch_all()`), the server lives on the caller's
-hub; elsewhere in a native thread with a hub of its own, since a caller that blocks would block it too.
+Sits on server/server.py. Where the caller's sockets are gevent's (`patch_all()`), the server lives on the
+caller's hub; elsewhere in a native thread with a hub of its own, since a caller that blocks would block it
+too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from gevent import monkey
 
-from bridge.servers import GeventFTPServer
+from bridge.server.server import GeventFTPServer
 
 _start_thread = monkey.get_original("_thread", "start_new_thread")
 _allocate_lock = monkey.get_original("_thread", "allocate_lock")

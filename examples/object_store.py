@@ -32,7 +32,7 @@ from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import FTPHandler
 
 from bridge import GeventFTPServer
-from bridge.virtual import Entry, VirtualFS
+from bridge.filesystems.virtual import Entry, VirtualFS
 
 DRAIN = 10.0  # seconds
 PATIENCE = 30.0  # seconds the store may say nothing

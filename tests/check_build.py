@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Runs in the new environment: argv[1] is the wheel's version.
 INSTALLED = """
-import importlib.metadata, pathlib, sys
+import importlib, importlib.metadata, pathlib, pkgutil, sys
 import gevent.monkey
 import bridge
 
@@ -31,6 +31,12 @@ assert (place / "py.typed").is_file(), f"no py.typed in {place}"
 assert bridge.__version__ == version == sys.argv[1], (bridge.__version__, version, sys.argv[1])
 assert not gevent.monkey.saved, "importing bridge has patched something"
 assert bridge.GeventIOLoop().close() is None
+rooms = [each.name for each in pkgutil.iter_modules(bridge.__path__) if each.ispkg]
+assert "loop" in rooms and "ftp" in rooms, rooms
+for room in rooms:
+    importlib.import_module(f"bridge.{room}")
+for asset in ("status.css", "status.js"):
+    assert (place / "web" / asset).is_file(), f"no {asset} in {place}"
 """
 
 
@@ -63,7 +69,8 @@ def main(directory: Path) -> None:
     version = wheel.name.split("-")[1]
     expect(wheel.name, f"pyftpdlib_gevent-{version}-py3-none-any.whl", "the wheel's name")
 
-    modules = {f"bridge/{path.name}" for path in (ROOT / "bridge").iterdir() if path.is_file()}
+    files = ("*.py", "*.css", "*.js", "py.typed")
+    modules = {str(path.relative_to(ROOT)) for each in files for path in (ROOT / "bridge").rglob(each)}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     expect(names, modules, "the wheel's files")

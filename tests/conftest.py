@@ -31,7 +31,7 @@ from gevent.util import format_run_info
 from pyftpdlib.ioloop import IOLoop
 
 from bridge import GeventIOLoop
-from bridge.turns import Worker
+from bridge.loop.turns import Worker
 
 #: Seconds in which a native thread that was joined, or that ends by itself, is gone, and what it had opened.
 GONE = 10.0

@@ -17,11 +17,11 @@ from support import Client, handler_class, reset, users
 from test_offload import NativeGate
 
 from bridge import OffloadedFS
-from bridge.checksums import BLOCK
-from bridge.hashing import HashMixin
-from bridge.streams import Entry
-from bridge.threads import Threads, on_one
-from bridge.virtual import VirtualFS
+from bridge.filesystems.streams import Entry
+from bridge.filesystems.threads import Threads, on_one
+from bridge.filesystems.virtual import VirtualFS
+from bridge.session.checksums import BLOCK
+from bridge.session.hash_commands import HashMixin
 
 CONTENT = os.urandom(BLOCK + 1000)
 MD5 = hashlib.md5(CONTENT).hexdigest()

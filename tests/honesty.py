@@ -42,7 +42,7 @@ import gevent
 import gevent.hub
 import greenlet
 
-from bridge.monitor import calls_in
+from bridge.loop.monitor import calls_in
 
 #: Seconds without a switch that are a block.
 LIMIT = 0.05
@@ -66,8 +66,18 @@ _DISK = tuple(
     path.replace("/", os.sep)
     for path in (
         *("pyftpdlib/filesystems.py", "pyftpdlib/handlers/ftp/data.py"),
-        *("pyftpdlib/handlers/ftp/producers.py", "bridge/blocks.py", "bridge/confined.py", "bridge/homes.py"),
-        *("bridge/receiving.py", "bridge/replacing.py", "bridge/transfers.py", "bridge/uploads.py"),
+        *(
+            "pyftpdlib/handlers/ftp/producers.py",
+            "bridge/filesystems/splice.py",
+            "bridge/filesystems/jail.py",
+            "bridge/filesystems/local.py",
+        ),
+        *(
+            "bridge/session/upload.py",
+            "bridge/filesystems/replace.py",
+            "bridge/session/data.py",
+            "bridge/filesystems/atomic.py",
+        ),
     )
 )
 _TICK = 1 / os.sysconf("SC_CLK_TCK")

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import bridge.ftp
-from bridge.options import Parser, parser_of
+import bridge.ftp.command
+from bridge.ftp.options import Parser, parser_of
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
@@ -88,7 +88,7 @@ def updated(readme: str, parser: Parser) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Print the tables, or write them into README.md."""
-    parser = parser_of(bridge.ftp.FEATURES)
+    parser = parser_of(bridge.ftp.command.FEATURES)
     if argv == ["--update"]:
         README.write_text(updated(README.read_text(), parser))
     elif argv:

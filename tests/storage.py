@@ -11,7 +11,7 @@ from typing import Any
 from fakes import Gate
 from support import Client, handler_class, started, users
 
-from bridge.virtual import Entry, VirtualFS
+from bridge.filesystems.virtual import Entry, VirtualFS
 
 BLOCK = 65536  # pyftpdlib's
 CONTENT = bytes(range(256)) * 2000

@@ -15,17 +15,17 @@ from cli import LIMIT, Command, run
 from pyftpdlib.authorizers import DummyAuthorizer
 from support import Client, eventually, handler_class, started, users
 
-from bridge import bans as bans_module
-from bridge.bans import REFUSAL, BanMixin, Bans, Policy, network_of, policy
-from bridge.shared import SharedTable
+from bridge.server.shared_table import SharedTable
+from bridge.users import bans as bans_module
+from bridge.users.bans import REFUSAL, BanMixin, Bans, Policy, network_of, policy
 
 #: `python -m bridge.ftp` that says 530 at once, instead of after 3 s and more.
 HASTY = """
 import sys
-import bridge.ftp
+import bridge.ftp.command
 from pyftpdlib.handlers import FTPHandler
 FTPHandler.auth_failed_timeout = 0.01
-sys.exit(bridge.ftp.main())
+sys.exit(bridge.ftp.command.main())
 """
 
 

@@ -19,8 +19,9 @@ from scarcity import no_descriptors
 from support import Client, eventually, handler_class, started, users
 from uploading import TLSClient
 
-from bridge import AtomicFS, blocks
-from bridge.blocks import RECEIVING, RECORD, SENDING, Splice, Unspliceable
+from bridge import AtomicFS
+from bridge.filesystems import splice as blocks
+from bridge.filesystems.splice import RECEIVING, RECORD, SENDING, Splice, Unspliceable
 
 needs_splice = pytest.mark.skipif(not hasattr(os, "splice"), reason="os.splice is Linux's")
 

@@ -21,8 +21,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from ftps_clients import Authority, pem_of
 
-from bridge.certificates import kept, load
-from bridge.options import UsageError
+from bridge.ftp.options import UsageError
+from bridge.tls.certificates import kept, load
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_half_written_one_is_never_seen(data_home: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bridge.certificates.os.fsync", fail)
+    monkeypatch.setattr("bridge.tls.certificates.os.fsync", fail)
     with pytest.raises(UsageError, match="No space left"):
         kept()
     assert os.listdir(data_home) == ["lock"]
@@ -146,7 +146,7 @@ def test_a_half_written_one_is_never_seen(data_home: Path, monkeypatch: pytest.M
 
 MAKE = """
 import sys
-from bridge.certificates import kept
+from bridge.tls.certificates import kept
 print("ready", flush=True)
 sys.stdin.readline()
 print(kept().fingerprint)

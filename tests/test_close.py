@@ -23,7 +23,8 @@ from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import FTPServer
 from support import Client, eventually, handler_class, serving, users
 
-from bridge import GeventIOLoop, hubs
+from bridge import GeventIOLoop
+from bridge.loop import hubs
 
 _native_thread = monkey.get_original("_thread", "start_new_thread")
 

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from cli import LIMIT, Command, run
 
-import bridge.ftp
-from bridge import config
-from bridge.options import Parser, parser_of
+import bridge.ftp.command
+from bridge.ftp.options import Parser, parser_of
+from bridge.ftp.parts import config
 
 pytestmark = pytest.mark.program
 
 
 def make_parser() -> Parser:
     """The command's parser, and options of kinds that it may get."""
-    parser = parser_of(bridge.ftp.FEATURES)
+    parser = parser_of(bridge.ftp.command.FEATURES)
     parser.add_argument("--allow", action="append", type=int, default=[1])
     parser.add_argument("--mode", nargs="?", const="plain", choices=("plain", "fancy"))
     parser.add_argument("--size", type=complex, default=1j)  # a default that has no form in TOML

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from cli import LIMIT, Command, run
 
-import bridge.ftp
-from bridge.options import parser_of
+import bridge.ftp.command
+from bridge.ftp.options import parser_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SERVICE = EXAMPLES / "systemd" / "bridge-ftp.service"
@@ -34,7 +34,7 @@ EXPOSURE = 20
 
 def options_after_module(words: list[str]) -> Namespace:
     assert words[1:3] == ["-m", "bridge.ftp"]
-    options: Namespace = parser_of(bridge.ftp.FEATURES).parse_args(words[3:])
+    options: Namespace = parser_of(bridge.ftp.command.FEATURES).parse_args(words[3:])
     return options
 
 

@@ -130,7 +130,7 @@ def test_nothing_of_a_session_is_left_if_a_file_cannot_be_closed_at_its_end(
 
 @pytest.mark.parametrize("error", [ValueError, OSError])
 def test_a_callback_of_a_transfer_that_raises_ends_its_session(tmp_path: Path, error: Any) -> None:
-    """As bridge.events says."""
+    """As bridge.session.hooks says."""
 
     class Handler(RecordingHandler):
         events: list[tuple[Any, ...]] = []

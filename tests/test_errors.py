@@ -21,8 +21,9 @@ from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.servers import FTPServer
 from support import Client, eventually, handler_class, serving, users
 
-from bridge import GeventIOLoop, channels
-from bridge.sockets import NativeSocket
+from bridge import GeventIOLoop
+from bridge.loop import registration as channels
+from bridge.loop.native_socket import NativeSocket
 
 
 class Opened:
@@ -243,7 +244,7 @@ def test_a_listener_survives_the_lack_of_descriptors(
         waiting.close()
         with Client(server) as late:
             late.command("NOOP", "200")
-    lines = [each.getMessage() for each in caplog.records if each.name == "bridge.channels"]
+    lines = [each.getMessage() for each in caplog.records if each.name == "bridge.loop.registration"]
     assert len(lines) == 2, lines  # once per episode, and its end
     assert "RLIMIT_NOFILE" in lines[0]
 

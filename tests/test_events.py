@@ -17,9 +17,9 @@ from support import eventually
 from uploading import ENDS, HUB_AND_THREADS, PLAIN_AND_TLS, by_leaving, site, store
 
 from bridge import AtomicFS
-from bridge.events import Events, Transfer
-from bridge.handlers import SessionMixin, prepared
-from bridge.transfers import TransferMixin
+from bridge.session.control import SessionMixin, prepared
+from bridge.session.data import TransferMixin
+from bridge.session.hooks import Events, Transfer
 
 CONTENT = bytes(range(256)) * 1000
 
@@ -276,4 +276,4 @@ def test_defaults_hide_nothing() -> None:
     half = type("Half", (SessionMixin, FTPHandler), {"dtp_handler": handler.dtp_handler})
     assert issubclass(prepared(half), Events)
     assert issubclass(prepared(half).dtp_handler, TransferMixin)
-    assert os.path.basename(Events.__module__) == "bridge.events"
+    assert os.path.basename(Events.__module__) == "bridge.session.hooks"

@@ -126,7 +126,7 @@ print(status, flush=True)
 
 FORK_OF_A_PROGRAM_THAT_HEARS = """
 import ctypes
-from bridge import hubs
+from bridge.loop import hubs
 def pipe():
     writer = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -24,9 +24,9 @@ from cli import LIMIT, Command, certificate, connect, connected, log_in, run
 from pyftpdlib import servers
 from pyftpdlib.handlers import DTPHandler, FTPHandler
 
-import bridge.ftp
-from bridge.options import parser_of
-from bridge.workers import cores
+import bridge.ftp.command
+from bridge.ftp.options import parser_of
+from bridge.workers.run import cores
 
 pytestmark = pytest.mark.program
 
@@ -341,7 +341,9 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
     argv += ["--use-localtime", "--disable-sendfile", "--max-login-attempts", "1"]
     tls = ["--tls", "--certfile", pem, "--tls-control-required", "--tls-data-required"]
     for options in (argv, argv + tls):
-        site = bridge.ftp.site_of(parser_of(bridge.ftp.FEATURES).parse_args([*options, "-p", "0"]))
+        site = bridge.ftp.command.site_of(
+            parser_of(bridge.ftp.command.FEATURES).parse_args([*options, "-p", "0"])
+        )
         site.bind()
         site.close()
         handler = site.handler
@@ -410,7 +412,7 @@ def parsed(options: Namespace) -> dict[str, object]:
 @pytest.mark.parametrize("argv", ["", *SAMPLES])
 def test_an_option_means_what_it_means_to_pyftpdlib(argv: str) -> None:
     theirs = parsed(pyftpdlib.__main__.parse_args(argv.split()))
-    assert parsed(parser_of(bridge.ftp.FEATURES).parse_args(argv.split())) == theirs
+    assert parsed(parser_of(bridge.ftp.command.FEATURES).parse_args(argv.split())) == theirs
 
 
 def test_version_tells_the_version_of_bridge() -> None:
@@ -604,7 +606,7 @@ def test_it_can_be_stopped_as_soon_as_it_says_how(tmp_path: Path, concurrency: s
 
 BLOCKING = r"""
 import os, signal, sys, time
-import bridge.ftp
+import bridge.ftp.command
 from pyftpdlib.handlers import FTPHandler
 
 def on_login(self, username):
@@ -618,7 +620,7 @@ def on_login(self, username):
     time.sleep(60)  # the whole hub: nothing is patched
 
 FTPHandler.on_login = on_login
-sys.exit(bridge.ftp.main())
+sys.exit(bridge.ftp.command.main())
 """
 
 
@@ -640,11 +642,11 @@ def test_a_second_signal_ends_it_even_if_a_handler_blocks_the_hub(
 JUST_BEFORE_REST = r"""
 import ctypes, signal, sys
 import gevent
-import bridge.ftp
+import bridge.ftp.command
 # A call of the loop's that no Python code follows until events have been waited for.
 kill = ctypes.CDLL(None)["raise"]
 gevent.get_hub().loop.run_callback(gevent.get_hub().loop.run_callback, kill, signal.SIGTERM)
-sys.exit(bridge.ftp.main())
+sys.exit(bridge.ftp.command.main())
 """
 
 

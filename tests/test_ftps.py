@@ -20,9 +20,9 @@ from ftps_clients import Authority
 from pyftpdlib.handlers import TLS_FTPHandler
 from support import PATIENCE, Client, assert_idle, encrypted, eventually, handler_class, reset, started, users
 
-from bridge.certificates import Identity, load
-from bridge.ftps import Contexts, ControlMixin, DataMixin
-from bridge.options import UsageError
+from bridge.ftp.options import UsageError
+from bridge.tls.certificates import Identity, load
+from bridge.tls.transport import Contexts, ControlMixin, DataMixin
 
 
 @contextlib.contextmanager
@@ -104,7 +104,7 @@ def test_who_is_refused_hears_it_over_tls(tmp_path: Path) -> None:
 def test_who_is_refused_and_does_not_listen_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.ftps.GOODBYE", 0.05)
+    monkeypatch.setattr("bridge.tls.transport.GOODBYE", 0.05)
     with ftps(tmp_path, server={"max_cons_per_ip": 1}) as server, encrypted(connected(server)) as first:
         assert first.recv(4096).startswith(b"220 ")
         with connected(server) as second:

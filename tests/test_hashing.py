@@ -21,9 +21,9 @@ from support import Client, eventually, handler_class, serving, started, users
 
 import bridge
 from bridge import OffloadedFS
-from bridge.checksums import BLOCK
-from bridge.hashing import HashMixin
-from bridge.threads import Threads
+from bridge.filesystems.threads import Threads
+from bridge.session.checksums import BLOCK
+from bridge.session.hash_commands import HashMixin
 
 
 @pytest.fixture

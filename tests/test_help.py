@@ -19,12 +19,12 @@ import options_table
 import pytest
 from cli import LIMIT, Command, certificate, environment, run
 
-import bridge.ftp
-from bridge.options import parser_of
+import bridge.ftp.command
+from bridge.ftp.options import parser_of
 
 pytestmark = pytest.mark.program
 
-PARSER = parser_of(bridge.ftp.FEATURES)
+PARSER = parser_of(bridge.ftp.command.FEATURES)
 
 #: Defaults that --help names by a word: a path that depends on where one is, a text with pyftpdlib's version.
 IN_WORDS = {"directory", "banner"}

@@ -1,4 +1,4 @@
-"""What cannot be looked at is an error, and no answer (bridge/homes.py)."""
+"""What cannot be looked at is an error, and no answer (bridge/filesystems/local.py)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pyftpdlib.filesystems import AbstractedFS
 from support import Client, handler_class, started, users
 
 from bridge import OffloadedFS
-from bridge.confined import ConfinedFS
-from bridge.homes import HomeFS
-from bridge.threads import Threads
-from bridge.uploads import AtomicFS
+from bridge.filesystems.atomic import AtomicFS
+from bridge.filesystems.jail import ConfinedFS
+from bridge.filesystems.local import HomeFS
+from bridge.filesystems.threads import Threads
 
 FILE_SYSTEMS: list[Any] = [AbstractedFS, ConfinedFS, type("AtomicConfined", (AtomicFS, ConfinedFS), {})]
 #: What a disk, NFS and the kernel say when they cannot tell.

@@ -17,7 +17,7 @@ import pytest
 from cli import environment
 from honesty import counts, queued_since
 
-from bridge.turns import Turns, Worker
+from bridge.loop.turns import Turns, Worker
 
 HERE = Path(__file__).parent
 

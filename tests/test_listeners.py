@@ -20,7 +20,7 @@ from support import PATIENCE, Client, handler_class, users
 
 import bridge
 from bridge import GeventFTPServer
-from bridge.listeners import systemd_sockets
+from bridge.server.listeners import systemd_sockets
 
 LOCALHOST = ("127.0.0.1", 0)
 
@@ -89,7 +89,7 @@ def test_a_file_that_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
 SYSTEMD = """
 import os
 from pyftpdlib.handlers import FTPHandler
-from bridge.listeners import systemd_sockets
+from bridge.server.listeners import systemd_sockets
 from bridge import GeventFTPServer
 os.environ["LISTEN_PID"] = str(os.getpid())  # as systemd does, which forks itself
 [listener] = systemd_sockets()

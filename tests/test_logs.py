@@ -23,11 +23,11 @@ from cli import LIMIT, Command, certificate, connect, environment, log_in, run
 from pyftpdlib.prefork import cpu_count
 from test_ftp import failure, tls_client
 
-import bridge.logs
-import bridge.writer
-from bridge.logs import JsonFormatter, Logs, TextFormatter, printable
-from bridge.records import xferlog_line
-from bridge.writer import Writer
+import bridge.logs.output
+import bridge.logs.writer
+from bridge.logs.output import JsonFormatter, Logs, TextFormatter, printable
+from bridge.logs.records import xferlog_line
+from bridge.logs.writer import Writer
 
 #: An identifier of a session.
 SESSION = r"[0-9a-f]{12}"
@@ -286,18 +286,18 @@ def test_wrong_options_are_errors(tmp_path: Path, options: list[str], expected: 
 #: Runs the command, and says itself where it listens.
 TELLING = """
 import sys
-import bridge.ftp, bridge.site, bridge.writer
-bind = bridge.site.Site.bind
+import bridge.ftp.command, bridge.ftp.application, bridge.logs.writer
+bind = bridge.ftp.application.Site.bind
 def telling(site):
     bind(site)
     print(" on %s port %d" % site.server.address, flush=True)
-bridge.site.Site.bind = telling
+bridge.ftp.application.Site.bind = telling
 """
 
 
 @pytest.mark.program
 def test_quiet_prints_and_logs_nothing_but_what_is_wrong(tmp_path: Path) -> None:
-    program = ["-c", TELLING + "sys.exit(bridge.ftp.main())"]
+    program = ["-c", TELLING + "sys.exit(bridge.ftp.command.main())"]
     with Command("--quiet", directory=tmp_path, program=program) as server:
         with log_in(server) as client:
             client.cwd("/")
@@ -434,8 +434,8 @@ except BlockingIOError:
     pass
 os.set_blocking(fd, True)
 os.dup2(fd, 2)
-bridge.writer.LIMIT = 10
-sys.exit(bridge.ftp.main(sys.argv[1:]))
+bridge.logs.writer.LIMIT = 10
+sys.exit(bridge.ftp.command.main(sys.argv[1:]))
 """
 )
 
@@ -530,11 +530,11 @@ def test_a_writer_that_was_given_nothing_closes_its_file(tmp_path: Path) -> None
 
 def test_lines_for_a_pipe_go_in_pieces_that_do_not_mix() -> None:
     lines = ["x" * 1000] * 9 + ["y" * 9000]
-    sizes = [len(block) for block in bridge.writer._blocks(lines, 4096)]
+    sizes = [len(block) for block in bridge.logs.writer._blocks(lines, 4096)]
     assert sizes == [4004, 4004, 1001, 9001]
     reader, other = os.pipe()
     try:
-        assert bridge.writer._at_once(other) == 4096
+        assert bridge.logs.writer._at_once(other) == 4096
     finally:
         os.close(reader)
         os.close(other)
@@ -570,7 +570,7 @@ def test_a_forked_child_writes_what_it_was_given_and_nothing_of_its_parent(tmp_p
     code = f"""
 import os, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # a fork with threads, Python 3.12
-from bridge.writer import Writer
+from bridge.logs.writer import Writer
 writer = Writer({str(tmp_path / "log")!r})
 for number in range(1000):
     writer.put("parent")
@@ -589,7 +589,7 @@ if pid:
 def test_it_works_patched(tmp_path: Path) -> None:
     program = [
         "-c",
-        "from gevent import monkey; monkey.patch_all()\nimport sys, bridge.ftp\nbridge.ftp.main()",
+        "from gevent import monkey; monkey.patch_all()\nimport sys, bridge.ftp\nbridge.ftp.command.main()",
     ]
     with Command("--log-file", "log", directory=tmp_path, program=program) as server:
         with log_in(server) as client:
@@ -602,7 +602,7 @@ def test_what_is_installed_is_taken_out_again(tmp_path: Path) -> None:
     options = Namespace(
         log_format="text", log_file=str(tmp_path / "log"), xferlog=None, quiet=False, debug=False
     )
-    loggers = [logging.getLogger(name) for name in bridge.logs.LOGGERS]
+    loggers = [logging.getLogger(name) for name in bridge.logs.output.LOGGERS]
     before = [(logger.level, [*logger.handlers]) for logger in loggers], logging.logThreads
     with Logs(options).installed():
         logging.getLogger("bridge.x").info("%s", "inside")

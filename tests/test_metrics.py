@@ -17,9 +17,9 @@ from scarcity import no_descriptors
 from support import Client, eventually, reset
 from webs import serving_site
 
-from bridge.counts import FIELDS, LAG, Counts
-from bridge.metrics import HISTORY, LISTED, Pulse
-from bridge.threads import THREADS, Threads
+from bridge.filesystems.threads import THREADS, Threads
+from bridge.web.counts import FIELDS, LAG, Counts
+from bridge.web.metrics import HISTORY, LISTED, Pulse
 
 _allocate_lock = monkey.get_original("_thread", "allocate_lock")
 

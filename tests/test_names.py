@@ -13,8 +13,8 @@ from pyftpdlib.handlers import FTPHandler
 from support import Client, handler_class, started, users
 
 from bridge import AtomicFS, OffloadedFS
-from bridge.confined import ConfinedFS
-from bridge.threads import Threads
+from bridge.filesystems.jail import ConfinedFS
+from bridge.filesystems.threads import Threads
 
 #: As cameras and Windows' ftp.exe send them (ISO 8859-1), and every byte that a name can have.
 LATIN = [b"B\xe4r.txt", b"B\xf6r.txt"]

@@ -132,7 +132,7 @@ def test_check_tells_systemd_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 FORKED = """
 import os, sys
-from bridge.notify import Notifier
+from bridge.ftp.parts.systemd import Notifier
 notifier = Notifier(os.environ["NOTIFY_SOCKET"])
 child = os.fork()
 if child == 0:
@@ -169,7 +169,7 @@ def test_the_watchdog_is_fed(
 
 BLOCKING = r"""
 import os, socket, sys, time
-import bridge.ftp
+import bridge.ftp.command
 from pyftpdlib.handlers import FTPHandler
 
 told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -182,7 +182,7 @@ def on_login(self, username):
     told.send(b"X_FREE=1")
 
 FTPHandler.on_login = on_login
-sys.exit(bridge.ftp.main())
+sys.exit(bridge.ftp.command.main())
 """
 
 

@@ -9,8 +9,8 @@ import gevent.socket
 import pytest
 from support import Client, eventually, handler_class, started, users
 
-import bridge.pipelining
-from bridge import handlers
+import bridge.session.pipelining
+from bridge.session import control as handlers
 
 
 @pytest.fixture
@@ -57,7 +57,9 @@ def test_a_session_of_ftps_that_ends_by_an_error_is_forgotten(root: Path) -> Non
 def test_what_is_pipelined_behind_a_failed_login_is_handled(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bridge.pipelining, "SLICE", -1.0)  # others have their turns after each command
+    monkeypatch.setattr(
+        bridge.session.pipelining, "SLICE", -1.0
+    )  # others have their turns after each command
     with started(handler_class(users(root))) as server, Client(server, login=False) as client:
         client.reply()
         client.send("USER u", "PASS wrong", "SYST", "SYST", "SYST")
@@ -67,7 +69,7 @@ def test_what_is_pipelined_behind_a_failed_login_is_handled(
 def test_a_reply_that_comes_in_between_does_not_stop_what_is_pipelined(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bridge.pipelining, "SLICE", -1.0)
+    monkeypatch.setattr(bridge.session.pipelining, "SLICE", -1.0)
 
     class Talks(handlers.FTPHandler):
         def ftp_NOOP(self, line: str) -> None:

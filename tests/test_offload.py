@@ -21,8 +21,8 @@ from pyftpdlib.filesystems import AbstractedFS, UnixFilesystem
 from support import PATIENCE, Client, eventually, handler_class, started, users
 
 from bridge import OffloadedAuthorizer, OffloadedFS, current_session
-from bridge.offload import BLOCK, RUN, OffloadedFile
-from bridge.threads import Threads
+from bridge.filesystems.offload import BLOCK, RUN, OffloadedFile
+from bridge.filesystems.threads import Threads
 
 _native_sleep = monkey.get_original("time", "sleep")
 _get_ident = monkey.get_original("_thread", "get_ident")

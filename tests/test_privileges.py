@@ -26,8 +26,8 @@ from pathlib import Path
 import pytest
 from cli import LIMIT, Command, certificate, run
 
-import bridge.ftp
-from bridge.options import UsageError, parser_of
+import bridge.ftp.command
+from bridge.ftp.options import UsageError, parser_of
 
 pytestmark = [
     pytest.mark.program,
@@ -164,7 +164,7 @@ def test_files_that_only_root_may_read_are_read_before(jail: Path) -> None:
 #: Tries, when somebody logs in, what must not be possible any more.
 CURIOUS = r"""
 import importlib, os, sys
-import bridge.ftp
+import bridge.ftp.command
 from pyftpdlib.handlers import FTPHandler
 
 sys.path.insert(0, "/modules")
@@ -188,7 +188,7 @@ def on_login(self, username):
     print("cwd:", os.getcwd(), flush=True)
 
 FTPHandler.on_login = on_login
-sys.exit(bridge.ftp.main())
+sys.exit(bridge.ftp.command.main())
 """
 
 
@@ -206,11 +206,11 @@ def test_root_cannot_be_had_again_and_nothing_is_imported_from_the_chroot(jail: 
 
 BLOCKING = r"""
 import sys, time
-import bridge.ftp
+import bridge.ftp.command
 from pyftpdlib.handlers import FTPHandler
 
 FTPHandler.on_login = lambda self, username: time.sleep(0.5)  # five times --max-blocking-time
-sys.exit(bridge.ftp.main())
+sys.exit(bridge.ftp.command.main())
 """
 
 
@@ -258,10 +258,10 @@ def test_a_signal_still_drains_it(jail: Path) -> None:
 #: As nobody from the start. (A Python of root's own is out of nobody's reach, so not by executing it.)
 UNPRIVILEGED = f"""
 import os, sys
-import bridge.ftp
-bridge.ftp.main(["--check"])  # imports what it needs
+import bridge.ftp.command
+bridge.ftp.command.main(["--check"])  # imports what it needs
 os.setresuid({NOBODY.pw_uid}, {NOBODY.pw_uid}, {NOBODY.pw_uid})
-sys.exit(bridge.ftp.main(["-p", "0", "--user", "daemon"]))
+sys.exit(bridge.ftp.command.main(["-p", "0", "--user", "daemon"]))
 """
 
 
@@ -314,7 +314,7 @@ def test_the_directory_must_lie_in_the_chroot(jail: Path) -> None:
 
 def test_the_homes_of_users_must_lie_in_the_chroot(jail: Path) -> None:
     argv = ["--user", "nobody", "--chroot", str(jail), "-d", str(jail / "pub")]
-    site = bridge.ftp.site_of(parser_of(bridge.ftp.FEATURES).parse_args(argv))
+    site = bridge.ftp.command.site_of(parser_of(bridge.ftp.command.FEATURES).parse_args(argv))
     site.authorizer.add_user("ada", "lovelace", "/")
     with pytest.raises(UsageError, match=f"^--chroot: the home '/' is not in '{jail}'; choose one above it$"):
         site.prepare()

@@ -28,7 +28,8 @@ pytest.importorskip("proxyprotocol", reason="proxy-protocol is not installed")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridge.proxied import (
+from bridge.loop.native_socket import NativeSocket
+from bridge.proxy.protocol import (
     LINE,
     NothingSent,
     ProxiedPassiveDTP,
@@ -38,7 +39,6 @@ from bridge.proxied import (
     is_among,
     read_header,
 )
-from bridge.sockets import NativeSocket
 
 CLIENT = ("192.0.2.7", 40000)
 V1 = b"PROXY TCP4 192.0.2.7 203.0.113.1 40000 21\r\n"

@@ -22,8 +22,8 @@ from pyftpdlib.handlers import FTPHandler
 from support import PATIENCE, Client, eventually, handler_class, started, users
 
 from bridge import GeventFTPServer, GeventIOLoop
-from bridge.drain import StopReport
-from bridge.servers import MOVES
+from bridge.server.drain import StopReport
+from bridge.server.server import MOVES
 
 _native_thread = monkey.get_original("_thread", "start_new_thread")
 
@@ -203,7 +203,7 @@ def test_after_a_transfer_the_next_command_ends_the_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until then the client may read what it has been sent."""
-    monkeypatch.setattr("bridge.handlers.LINGER", 1000)
+    monkeypatch.setattr("bridge.session.control.LINGER", 1000)
     for command, replies in (("STOR more", ["421"]), ("QUIT", ["221"])):
         with started(slow_handler(tmp_path)) as server, Client(server) as client:
             with client.data():
@@ -221,7 +221,7 @@ def test_after_a_transfer_the_next_command_ends_the_session(
 
 
 def test_whose_transfer_has_ended_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bridge.handlers.LINGER", 1000)
+    monkeypatch.setattr("bridge.session.control.LINGER", 1000)
     with started(slow_handler(tmp_path)) as server, Client(server) as client:
         with client.data():
             client.command("STOR file", "1")
@@ -287,7 +287,7 @@ def test_at_the_timeout_the_rest_is_cut(tmp_path: Path) -> None:
 def test_a_turn_that_cannot_be_ended_does_not_hold_up_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.drain.KILL_GRACE", 0.05)
+    monkeypatch.setattr("bridge.server.drain.KILL_GRACE", 0.05)
     stubborn = Gate()
 
     class Stubborn(FTPHandler):
@@ -320,7 +320,7 @@ def test_what_a_client_aborts_in_a_drain_is_no_finished_transfer(tmp_path: Path)
 
 
 def test_the_report_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "bridge.drain")
+    caplog.set_level(logging.INFO, "bridge.server.drain")
     with started(slow_handler(tmp_path)) as server, Client(server):
         server.stop()
     assert caplog.messages == [

@@ -21,11 +21,11 @@ from support import PATIENCE, Client, eventually, handler_class, serving, starte
 
 import bridge
 from bridge import GeventFTPServer, GeventIOLoop
-from bridge.dataports import ActiveMixin, PassiveMixin
-from bridge.handlers import SessionMixin, prepared
-from bridge.monitor import calls_in, watch_hub
-from bridge.servers import AddressCounts
-from bridge.transfers import TransferMixin
+from bridge.loop.monitor import calls_in, watch_hub
+from bridge.server.server import AddressCounts
+from bridge.session.control import SessionMixin, prepared
+from bridge.session.data import TransferMixin
+from bridge.session.ports import ActiveMixin, PassiveMixin
 
 _native_thread = monkey.get_original("_thread", "start_new_thread")
 _native_sleep = monkey.get_original("time", "sleep")

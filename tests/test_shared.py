@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge.shared import KEY, Full, SharedTable
+from bridge.server.shared_table import KEY, Full, SharedTable
 
 
 @pytest.fixture

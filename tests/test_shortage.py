@@ -35,7 +35,7 @@ from scarcity import (
 )
 from support import PATIENCE, Client, eventually, started
 
-from bridge import channels
+from bridge.loop import registration as channels
 
 _native_sleep = monkey.get_original("time", "sleep")
 
@@ -91,7 +91,7 @@ def test_a_shortage_is_logged_once_and_so_is_its_end(
                     eventually(lambda: listening(server).delay >= 4 * channels.MIN_DELAY)
                 assert waiting.recv(3) == b"220"
             eventually(lambda: not server.sessions())  # which would free a descriptor
-    messages = lines_of(caplog, "bridge.channels")
+    messages = lines_of(caplog, "bridge.loop.registration")
     expected = ["cannot accept: [Errno 24]", "accepts connections again"] * 2
     assert len(messages) == len(expected)
     assert all(part in message for part, message in zip(expected, messages, strict=True)), messages
@@ -133,7 +133,7 @@ def test_other_shortages_of_accept_are_outlived_too(
     with started(handler_for(tmp_path), accept=accept) as server, knocking(server):
         eventually(lambda: listening(server).delay >= 4 * channels.MIN_DELAY)
         shortage.clear()
-    assert len(lines_of(caplog, "bridge.channels")) == 2
+    assert len(lines_of(caplog, "bridge.loop.registration")) == 2
 
 
 # --- no descriptor for a data connection or a file

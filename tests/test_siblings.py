@@ -14,7 +14,7 @@ import gevent.socket
 import pytest
 from fakes import Gate
 
-from bridge import siblings
+from bridge.server import rpc as siblings
 
 Serve = Callable[[int, siblings.Answer], None]
 

@@ -15,9 +15,9 @@ from storage import BLOCK, CONTENT, FS, Closing, Sink, received, session
 from support import Client, assert_idle, eventually, handler_class, reset, serving, settled, users
 
 from bridge import OffloadedFS
-from bridge.streams import LOOK, Upload
-from bridge.threads import Threads
-from bridge.virtual import Entry
+from bridge.filesystems.streams import LOOK, Upload
+from bridge.filesystems.threads import Threads
+from bridge.filesystems.virtual import Entry
 
 # --- backpressure
 

@@ -1,4 +1,4 @@
-"""What pyftpdlib lets clients do and we do not (bridge/strict.py)."""
+"""What pyftpdlib lets clients do and we do not (bridge/session/hardening.py)."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ from cli import LIMIT, Command, run
 from ftps_clients import FTPS, VERSIONS, Authority, client_context
 from test_clients import needs_curl, needs_lftp
 
-import bridge.ftp
-from bridge.options import parser_of
+import bridge.ftp.command
+from bridge.ftp.options import parser_of
 
 pytestmark = pytest.mark.program
 
@@ -88,7 +88,7 @@ def test_one_flag_serves_with_a_certificate_that_is_kept(home: Path, data_home: 
 def test_explicit_is_the_default_and_the_port_stays(home: Path) -> None:
     with Command("--tls", directory=home) as server:
         assert server.printed("^TLS: ").startswith("TLS:      explicit, ")
-    parser = parser_of(bridge.ftp.FEATURES)
+    parser = parser_of(bridge.ftp.command.FEATURES)
     assert parser.parse_args(["--tls", "implicit"]).port == parser.parse_args([]).port == 2121
 
 

@@ -19,9 +19,11 @@ from pyftpdlib.ioloop import Acceptor
 from pyftpdlib.servers import FTPServer
 from support import PATIENCE, Client, eventually, handler_class, serving, users
 
-from bridge import GeventFTPServer, GeventIOLoop, channels, current_session, turns
-from bridge.sockets import NativeSocket
-from bridge.turns import Session, Turns
+from bridge import GeventFTPServer, GeventIOLoop, current_session
+from bridge.loop import registration as channels
+from bridge.loop import turns
+from bridge.loop.native_socket import NativeSocket
+from bridge.loop.turns import Session, Turns
 
 
 class Channel:

@@ -37,7 +37,7 @@ from uploading import (
 )
 
 from bridge import AtomicFS
-from bridge.uploads import SUFFIX, is_hidden, remove_leftovers
+from bridge.filesystems.atomic import SUFFIX, is_hidden, remove_leftovers
 
 HALF = b"half " * 20_000
 LEFTOVER = f".file.0123456789abcdef{SUFFIX}"
@@ -295,7 +295,7 @@ def test_fsync_uploads(tmp_path: Path, fsync: bool, monkeypatch: pytest.MonkeyPa
 
 
 def test_leftovers_are_what_nobody_writes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "bridge.uploads")
+    caplog.set_level(logging.INFO, "bridge.filesystems.atomic")
     with site(tmp_path, False, fs=AtomicFS) as it, it.client() as client:
         (it.home / "sub").mkdir()
         old = it.home / "sub" / LEFTOVER

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.userfile import MAX_MEMORY, Decoys, Hash, Limits, User, UserFileError, parse, size, size_text
+from bridge.users.file import (
+    MAX_MEMORY,
+    Decoys,
+    Hash,
+    Limits,
+    User,
+    UserFileError,
+    parse,
+    size,
+    size_text,
+)
 
 #: Cheap to check; `password`'s.
 CHEAP = Hash(

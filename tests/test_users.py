@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 from cli import LIMIT, Command, environment, run
 
-from bridge import userfile
-from bridge.confined import ConfinedFS
-from bridge.userfile import Decoys, Hash, User, parse
-from bridge.users import UserAuthorizer
+from bridge.filesystems.jail import ConfinedFS
+from bridge.users import file as userfile
+from bridge.users.authorizer import UserAuthorizer
+from bridge.users.file import Decoys, Hash, User, parse
 
 CHEAP = Hash(4, 1, 1, b"0123456789abcdef", hashlib.scrypt(b"p", salt=b"0123456789abcdef", n=16, r=1, p=1))
 

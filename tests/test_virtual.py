@@ -14,7 +14,7 @@ from pyftpdlib.exceptions import FilesystemError
 from storage import CONTENT, FS, Sink, received, session
 from support import Client, handler_class, serving, users
 
-from bridge.virtual import Entry, VirtualFS
+from bridge.filesystems.virtual import Entry, VirtualFS
 
 # --- what is where
 

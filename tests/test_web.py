@@ -18,10 +18,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from support import PATIENCE, Client, eventually
 from webs import Web, serving_site, site_of
 
-import bridge.guard
-import bridge.web
-from bridge.options import UsageError
-from bridge.web import address
+import bridge.web.app
+import bridge.web.auth
+from bridge.ftp.options import UsageError
+from bridge.web.app import address
 
 USER = ("-u", "u", "-P", "p", "-w")
 ADMIN = (*USER, "--http-admin", "op:secret")
@@ -39,7 +39,7 @@ def open_site(tmp_path: Path) -> Iterator[Serving]:
 @pytest.fixture
 def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
     """With a password, which the client knows."""
-    monkeypatch.setattr(bridge.guard, "WRONG", 0.01)
+    monkeypatch.setattr(bridge.web.auth, "WRONG", 0.01)
     with serving_site(tmp_path, *ADMIN, user="op", password="secret") as serving:
         yield serving
 
@@ -117,7 +117,7 @@ def test_health_is_200_until_the_server_drains(open_site: Serving) -> None:
 def test_a_client_that_says_nothing_loses_its_place(
     open_site: Serving, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bridge.web, "PATIENCE", 0.05)
+    monkeypatch.setattr(bridge.web.app, "PATIENCE", 0.05)
     _, web = open_site
     for said in (b"", b"GET /healthz", b"GET /healthz HTTP/1.1\r\nHost: x\r\nAccept: "):
         with gevent.socket.create_connection(("127.0.0.1", web.port), PATIENCE) as sock:
@@ -168,7 +168,7 @@ def test_the_page_without_a_script_says_what_the_json_does(open_site: Serving) -
 def test_more_sessions_than_are_listed_are_said_to_be_there(
     open_site: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bridge.metrics, "LISTED", 1)
+    monkeypatch.setattr(bridge.web.metrics, "LISTED", 1)
     server, web = open_site
     with Client(server), Client(server):
         assert len(web.status()["listed"]) == 1
@@ -210,7 +210,7 @@ def test_a_password_of_any_characters_will_do(tmp_path: Path) -> None:
 def test_a_wrong_password_is_logged_and_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(bridge.guard, "WRONG", 0.2)
+    monkeypatch.setattr(bridge.web.auth, "WRONG", 0.2)
     with serving_site(tmp_path, *ADMIN, user="op", password="guess") as (_, web):
         started = time.monotonic()
         assert web.ask("/").status == 401
@@ -385,7 +385,7 @@ def test_the_password_may_be_in_a_file_or_in_the_environment(
 ) -> None:
     file = tmp_path / "admin"
     file.write_text("op:from file\nmore\n")
-    monkeypatch.setenv(bridge.guard.ENVIRONMENT, "op:from environment")
+    monkeypatch.setenv(bridge.web.auth.ENVIRONMENT, "op:from environment")
     for options, password in (
         (("--http-admin", f"@{file}"), "from file"),
         ((), "from environment"),

@@ -19,8 +19,8 @@ import pytest
 from cli import LIMIT, Command, run
 from support import PATIENCE
 
-from bridge.limits import ALL, SharedCounts
-from bridge.shared import SharedTable
+from bridge.server.shared_table import SharedTable
+from bridge.workers.limits import ALL, SharedCounts
 
 pytestmark = pytest.mark.program
 
@@ -221,15 +221,15 @@ def test_no_connection_is_refused_while_a_worker_is_dead(tmp_path: Path) -> None
 
 CRASHING = r"""
 import sys, os
-import bridge.ftp, bridge.tls
-configure = bridge.tls.configure
+import bridge.ftp.command, bridge.ftp.parts.tls
+configure = bridge.ftp.parts.tls.configure
 def crash():
     os._exit(7)
 def configure(site):
     site.services.append(crash)
-bridge.tls.configure = configure
+bridge.ftp.parts.tls.configure = configure
 print("Serving on 127.0.0.1 port 1", flush=True)
-sys.exit(bridge.ftp.main())
+sys.exit(bridge.ftp.command.main())
 """
 
 
@@ -329,12 +329,12 @@ def test_without_a_free_slot_the_worker_that_retired_first_is_drained(tmp_path: 
 
 RELOADING = r"""
 import os, sys
-import bridge.ftp, bridge.tls
+import bridge.ftp.command, bridge.ftp.parts.tls
 def configure(site):
     site.reload.append(lambda: os.write(1, b"reloaded\n"))
     site.rotate.append(lambda: os.write(1, b"rotated\n"))
-bridge.tls.configure = configure
-sys.exit(bridge.ftp.main())
+bridge.ftp.parts.tls.configure = configure
+sys.exit(bridge.ftp.command.main())
 """
 
 
@@ -392,10 +392,10 @@ def test_the_runtime_directory_is_private_and_goes_with_the_parent(
 def test_the_parent_has_no_hub(tmp_path: Path) -> None:
     program: Any = r"""
 import sys
-import bridge.ftp
+import bridge.ftp.command
 from gevent._hub_local import get_hub_if_exists
 try:
-    bridge.ftp.main()
+    bridge.ftp.command.main()
 finally:
     sys.stdout.write(f"hub: {get_hub_if_exists()}\n")
 """

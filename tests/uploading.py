@@ -16,8 +16,8 @@ from fakes import RecordingHandler
 from support import Client, encrypted, eventually, handler_class, reset, started, users
 
 from bridge import OffloadedFS
-from bridge.threads import Threads
-from bridge.uploads import is_hidden
+from bridge.filesystems.atomic import is_hidden
+from bridge.filesystems.threads import Threads
 
 #: Parameters of tests: TLS or not, file system on threads or not.
 PLAIN_AND_TLS = pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])

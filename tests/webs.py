@@ -15,10 +15,10 @@ import gevent.socket
 from prometheus_client.parser import text_string_to_metric_families
 from support import PATIENCE
 
-import bridge.ftp
-from bridge.options import parser_of
-from bridge.site import Site
-from bridge.threads import THREADS
+import bridge.ftp.command
+from bridge.filesystems.threads import THREADS
+from bridge.ftp.application import Site
+from bridge.ftp.options import parser_of
 
 FORM = "application/x-www-form-urlencoded"
 
@@ -91,10 +91,10 @@ def _labels(labels: dict[str, str]) -> str:
 
 def site_of(home: Path, *argv: str) -> Site:
     """A site as the command makes it, bound to free ports on 127.0.0.1."""
-    options = parser_of(bridge.ftp.FEATURES).parse_args(
+    options = parser_of(bridge.ftp.command.FEATURES).parse_args(
         ["-i", "127.0.0.1", "-p", "0", "-d", str(home), "--http", "0", *argv]
     )
-    site = bridge.ftp.site_of(options)
+    site = bridge.ftp.command.site_of(options)
     site.bind()
     return site
 

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 from redis_authorizer import RedisAuthorizer, connect
 
-from bridge import OffloadedAuthorizer, ftp
-from bridge.options import UsageError
-from bridge.site import Site
+from bridge import OffloadedAuthorizer
+from bridge.ftp import command as ftp
+from bridge.ftp.application import Site
+from bridge.ftp.options import UsageError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -35,7 +35,7 @@ from pyftpdlib.filesystems import AbstractedFS
 from pyftpdlib.handlers import FTPHandler
 
 from bridge import GeventFTPServer, OffloadedFS
-from bridge.threads import THREADS
+from bridge.filesystems.threads import THREADS
 
 DELAY = 0.1
 CLIENTS = 50

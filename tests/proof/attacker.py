@@ -14,7 +14,7 @@ from types import TracebackType
 
 from cli import LIMIT, Command
 
-from bridge.userfile import Hash
+from bridge.users.file import Hash
 
 #: What no attack may bring home.
 SECRET = b"the-secret-of-somebody-else"
@@ -25,10 +25,10 @@ CHEAP = Hash(4, 1, 1, b"0123456789abcdef", hashlib.scrypt(b"p", salt=b"012345678
 #: `python -c HASTY` is the command, whose failed logins wait for 10 ms instead of 3 s.
 HASTY = """
 import sys
-import bridge.ftp
+import bridge.ftp.command
 from pyftpdlib.handlers import FTPHandler
 FTPHandler.auth_failed_timeout = 0.01
-sys.exit(bridge.ftp.main())
+sys.exit(bridge.ftp.command.main())
 """
 
 

@@ -19,7 +19,7 @@ from pyftpdlib.handlers import FTPHandler
 from sequences import await_or_fail
 from support import PATIENCE, encrypted
 
-from bridge.transfers import TransferMixin
+from bridge.session.data import TransferMixin
 
 #: No server knows this command. Its reply comes when everything before has been replied to.
 FENCE = "FENCE"

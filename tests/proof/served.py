@@ -13,8 +13,8 @@ from typing import Any
 from ftps_clients import Authority
 from grammar import TREE
 
-import bridge.ftp
-from bridge.options import parser_of
+import bridge.ftp.command
+from bridge.ftp.options import parser_of
 
 #: Bytes that user u may store: more than a sequence does mostly, but not always.
 QUOTA = 400_000
@@ -61,7 +61,7 @@ def served(
     argv = ["-i", "127.0.0.1", "-p", "0", "-d", str(directory), "--users", str(users), "--ban", "0"]
     argv += ["--log-file", str(result.log_file), "--xferlog", str(directory / "xferlog")]
     argv += ["--tls", "--certfile", str(Authority(directory).issue("server")), "--max-login-attempts", "4"]
-    site = bridge.ftp.site_of(parser_of(bridge.ftp.FEATURES).parse_args([*argv, *options]))
+    site = bridge.ftp.command.site_of(parser_of(bridge.ftp.command.FEATURES).parse_args([*argv, *options]))
     site.attributes["auth_failed_timeout"] = 0.0
     change(site)
     with site.logs.installed():

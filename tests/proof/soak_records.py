@@ -10,7 +10,7 @@ from typing import Any
 
 from soak_client import content, digest
 
-from bridge.uploads import is_hidden
+from bridge.filesystems.atomic import is_hidden
 
 
 @dataclass

@@ -37,7 +37,7 @@ from conftest import Effort
 from injecting import Call, Tracer, unavailable
 from victims import CONTENT, OLD, SOURCE, Bystander, Client, Victim
 
-from bridge.userfile import Hash
+from bridge.users.file import Hash
 
 pytestmark = pytest.mark.program
 

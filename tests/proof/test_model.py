@@ -31,11 +31,12 @@ from hypothesis.stateful import (
 )
 from pyftpdlib.ioloop import AsyncChat
 
-import bridge.channels
-import bridge.scheduler
-import bridge.turns
-from bridge import GeventIOLoop, hubs
-from bridge.turns import Interrupt
+import bridge.loop.registration
+import bridge.loop.scheduler
+import bridge.loop.turns
+from bridge import GeventIOLoop
+from bridge.loop import hubs
+from bridge.loop.turns import Interrupt
 
 READ = 1
 
@@ -204,7 +205,7 @@ class Channel(AsyncChat):
     def turn(self, action: str) -> None:
         control = self.session_name
         expect(control.turns == 0, "two turns of one session at once")
-        expect(bridge.turns.current_session() is control, "the turn of another session")
+        expect(bridge.loop.turns.current_session() is control, "the turn of another session")
         expect(owner.get(control) is control, "the context of another session")
         owner.set(control)
         control.turns += 1
@@ -276,14 +277,14 @@ class Machine(RuleBasedStateMachine):
         machine = self
         self.patch = pytest.MonkeyPatch()
         self.hub = Hub(self.loop_class())
-        for module in (bridge.turns, bridge.scheduler):
+        for module in (bridge.loop.turns, bridge.loop.scheduler):
             self.patch.setattr(module, "monotonic", lambda: self.hub.loop.now)
         self.patch.setattr(pyftpdlib.ioloop, "timer", lambda: self.hub.loop.now)
         self.patch.setattr(hubs, "current", lambda: self.hub)
-        self.patch.setattr(bridge.channels, "fcntl", lambda fd, command: 0)  # all are open
+        self.patch.setattr(bridge.loop.registration, "fcntl", lambda fd, command: 0)  # all are open
         if self.slices:  # a worker leaves what is ready to the next pass after each turn
-            self.patch.setattr(bridge.turns, "SLICE", -1.0)
-            self.patch.setattr(bridge.turns, "SLICE_EACH", -1.0)
+            self.patch.setattr(bridge.loop.turns, "SLICE", -1.0)
+            self.patch.setattr(bridge.loop.turns, "SLICE_EACH", -1.0)
         logging.disable()
         Channel.numbers = iter(range(10_000_000, 20_000_000))
         self.waiting: list[Any] = []

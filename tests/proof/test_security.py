@@ -3,7 +3,7 @@
 Run by `pytest tests/proof/test_security*.py`, against the command as its users start it; `--proof` and
 `--long` try more random paths and arguments, more races and larger floods. "pyftpdlib's" are weaknesses of
 pyftpdlib's own servers and handlers, which its FTPServer has on GeventIOLoop, too; the command and
-GeventFTPServer do not have them (bridge/strict.py, handlers.py, pipelining.py). CVEs of other servers are
+GeventFTPServer do not have them (bridge/session/). CVEs of other servers are
 attacks that we try here.
 
 Paths
@@ -15,7 +15,7 @@ Paths
     -> test_security.test_no_path_leads_out, test_users.test_no_command_leaves_the_home
     -> test_strict.test_stou_stays_in_the_home
   a link swapped in between look and deed
-    With --users the deed is done on what was looked at (bridge/confined.py). Without, whoever can write to
+    With --users the deed is done on what was looked at (filesystems/jail.py). Without, whoever can write to
     the directory by other ways than FTP wins.
     -> test_security.test_a_race_with_a_link_is_never_won
     -> test_users.test_a_link_swapped_in_after_the_check_leads_nowhere

@@ -44,7 +44,7 @@ from conftest import Effort
 from soak_records import Records, logged_uploads
 from soak_site import make_site
 
-from bridge.uploads import is_hidden
+from bridge.filesystems.atomic import is_hidden
 
 # (`blocks`: workers wait for each other to change a limit's count, and on a busy machine the one that has the
 # lock may not run for 0.1 s.)

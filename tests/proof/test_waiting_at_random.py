@@ -43,9 +43,9 @@ from support import Client, eventually, handler_class, serving, users
 from tree import Tree
 from waits import MARK, WITNESS, Hooks, Mischief, Seen
 
-from bridge.threads import THREADS
-from bridge.transfers import REPLY_CODES
-from bridge.users import PASSWORD_THREADS
+from bridge.filesystems.threads import THREADS
+from bridge.session.data import REPLY_CODES
+from bridge.users.authorizer import PASSWORD_THREADS
 
 _this = psutil.Process()
 
@@ -82,7 +82,7 @@ endings = st.sampled_from(["close", "read", "read", "half", "reset"])
 
 
 def in_order(line: bytes) -> bool:
-    """Whether it may come at any time: pyftpdlib mixes transfers up (see bridge.handlers)."""
+    """Whether it may come at any time: pyftpdlib mixes transfers up (see bridge.session.control)."""
     return name_of(line) not in TRANSFERS | {"ABOR", "USER", "REIN"}
 
 

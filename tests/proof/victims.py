@@ -264,7 +264,7 @@ class Bystander:
 
     def __init__(self, port: int, home: Path) -> None:
         self._home = home
-        # Lines, as TYPE A leaves them alone; it also keeps an upload from having a pipe (bridge.blocks).
+        # Lines, as TYPE A leaves them alone; it also keeps an upload from having a pipe (splice.py).
         self._pattern = b"".join(b"%063d\n" % n for n in range(self.SIZE // 64))
         (home / "big").write_bytes(self._pattern)
         self._sent = 0

@@ -34,14 +34,14 @@ PASSES = 5
 #: In the text of every exception that is raised here on purpose.
 MARK = "on purpose"
 
-#: What file systems raise; what of it bridge.transfers.REPLY_CODES names, and what not.
+#: What file systems raise; what of it bridge.session.data.REPLY_CODES names, and what not.
 ERRNOS = (errno.EIO, errno.ENOSPC, errno.EACCES, errno.ENOENT, errno.EMFILE, errno.ETIMEDOUT, errno.EDQUOT)
 
 CALLBACKS = (
     *("on_connect", "on_disconnect", "on_login", "on_login_failed", "on_logout", "on_file_sent"),
     *("on_file_received", "on_incomplete_file_sent", "on_incomplete_file_received"),
 )
-#: bridge.events.Events
+#: bridge.session.hooks.Events
 EVENTS = (
     *("on_file_deleted", "on_file_renamed", "on_directory_made", "on_directory_removed"),
     *("on_transfer_started", "on_transfer_progress", "quota_left"),

@@ -1,0 +1,231 @@
+"""A site: what one run of the command serves, put together from its options.
+
+Between command.py, which runs it, and the features (modules with `add_options(parser)` and
+`configure(site)`), which take part by changing it before it is bound:
+
+    options --> Site --> each feature's configure(site) --> site.bind() --> site.server, bound, not started
+
+Options are set on subclasses made for the run, never on pyftpdlib's own classes. Nothing here runs the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from pyftpdlib import servers
+from pyftpdlib.authorizers import DummyAuthorizer
+from pyftpdlib.handlers import FTPHandler
+
+from bridge.filesystems.atomic import AtomicFS, remove_leftovers
+from bridge.filesystems.local import HomeFS
+from bridge.ftp.options import UsageError
+from bridge.loop.ioloop import GeventIOLoop
+from bridge.server.listeners import systemd_sockets
+from bridge.server.server import GeventFTPServer
+from bridge.server.shared_table import SharedTable
+from bridge.session.control import prepared
+from bridge.session.hardening import StrictMixin
+from bridge.session.hash_commands import HashMixin
+from bridge.users.file import READ_ONLY, WRITABLE
+
+
+class Site:
+    """What the options ask for. Features change its attributes in `configure`; `bind` makes the server.
+
+    Raises UsageError for what cannot be, here and in `bind`.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        #: The directory that is shared, absolute.
+        self.directory = _directory(options)
+        self.authorizer: Any = _authorizer(options, self.directory)
+        #: Who may log in, for the line at start-up.
+        self.users: str = options.username or "anonymous"
+        #: What they may do, for the same line.
+        self.access = "writable" if options.write else "read-only"
+        #: pyftpdlib's handler class, the mix-ins put before it, and class attributes.
+        self.base: Any = FTPHandler
+        self.mixins: list[Any] = [HashMixin] if options.hash else []
+        self.attributes: dict[str, Any] = _attributes(options)
+        #: The same for its data connections, and for the server.
+        self.data_mixins: list[Any] = []
+        self.data_attributes: dict[str, Any] = {"timeout": options.timeout}
+        self.server_mixins: list[Any] = []
+        self.server_attributes: dict[str, Any] = {
+            "max_cons": options.max_cons,
+            "max_cons_per_ip": options.max_cons_per_ip,
+        }
+        #: The directory's name for the line at start-up; `directory` changes with a chroot.
+        self.place = self.directory
+        #: Called once before the server is bound, when `handler` exists; and once when it is bound, before
+        #: processes are forked.
+        self.before: list[Callable[[], object]] = []
+        self.after: list[Callable[[], object]] = []
+        #: Called in each serving process, on its hub, before it serves; each returns what ends it again.
+        self.services: list[Callable[[], Callable[[], object]]] = []
+        #: Called in a greenlet on SIGHUP and on SIGUSR1: take up what has changed, open log files anew.
+        #: (`rotate` also in the parent of workers, which has no hub.)
+        self.reload: list[Callable[[], object]] = []
+        self.rotate: list[Callable[[], object]] = []
+        #: Called by `tell`.
+        self.states: list[Callable[[str], object]] = []
+        #: Lines to print at start-up, and what curl needs: the URL's scheme, and options (it asks for the
+        #: password).
+        self.told: list[str] = []
+        self.scheme = "ftp"
+        self.client_options = f"-u {shlex.quote(options.username)} " if options.username else ""
+        #: Worker processes; a directory for their sockets, readable by nobody else (None without workers).
+        self.workers = 1
+        self.listeners: list[Any] = []  # one for each worker, the server's among them
+        self.runtime_dir: str | None = None
+        #: Processes that serve at once have a column each in every one of the tables of `shared`.
+        self.slots = 1
+        self.slot = 0
+        self.shared: dict[str, SharedTable] = {}
+        #: Where log lines go, from `bind` on (bridge.logs.output.Logs).
+        self.logs: Any = None
+        self.handler: Any = None
+        self.server: Any = None
+
+    def prepare(self) -> None:
+        """Make `handler` and check all that can be checked without listening."""
+        self.handler = self._handler_class()
+        for step in self.before:
+            step()
+
+    def bind(self) -> None:
+        """Make `handler` and `server`, which listens but accepts nothing yet."""
+        self.prepare()
+        self.server = self._server()
+        try:
+            if self.options.atomic_uploads:
+                remove_leftovers(self.directory)
+            for step in self.after:
+                step()
+        except BaseException:
+            self.server.close_all()
+            raise
+
+    def close(self) -> None:
+        """Close the server, if there is one, and the tables."""
+        if self.server is not None:
+            self.server.close_all()
+        for table in self.shared.values():
+            table.close()
+
+    def serve_on(self, listener: socket.socket) -> None:
+        """Make another `server`, for a worker, on a bound socket, which becomes the server's."""
+        self.server = self._server(listener)
+
+    def tell(self, state: str) -> None:
+        """Tell whoever started the process that it is now `ready`, `reloading` or `stopping`.
+
+        For the main process, the one that was started; also in signal handlers.
+        """
+        for step in self.states:
+            step(state)
+
+    def _handler_class(self) -> Any:
+        base = self.base
+        attributes = {"authorizer": self.authorizer, **self.attributes}
+        attributes["dtp_handler"] = type(
+            "DataHandler", (*self.data_mixins, base.dtp_handler), self.data_attributes
+        )
+        if self.options.atomic_uploads:
+            if not self.options.write and not self.options.users:
+                raise UsageError("--atomic-uploads needs --write or --users")
+            attributes["abstracted_fs"] = type("FileSystem", (AtomicFS, attributes["abstracted_fs"]), {})
+        bases = (*self.mixins, base)
+        if self.options.concurrency in ("multi-thread", "multi-proc"):  # whose servers add nothing to it
+            bases = (StrictMixin, *bases)
+        handler = type("Handler", bases, attributes)
+        # Whatever the server: pyftpdlib's handlers take a reset for the end of the file.
+        return prepared(handler) if self.options.atomic_uploads else handler
+
+    def _server(self, listener: socket.socket | None = None) -> Any:
+        options = self.options
+        base: Any = {
+            "multi-thread": servers.ThreadedFTPServer,
+            "multi-proc": servers.MultiprocessFTPServer,
+        }.get(options.concurrency, GeventFTPServer)
+        attributes = dict(self.server_attributes)
+        if base is GeventFTPServer:
+            attributes["stop_timeout"] = options.stop_timeout
+        server_class: Any = type("Server", (*self.server_mixins, base), attributes)
+        ioloop = GeventIOLoop()
+        ioloop.long_wait = options.long_wait
+        where: list[Any] = [listener] if listener else [*systemd_sockets()]
+        where = where or [(options.interface, options.port)]
+        if len(where) > 1:
+            raise UsageError(f"LISTEN_FDS: systemd passed {len(where)} sockets, and one is served")
+        try:
+            return server_class(where[0], self.handler, ioloop=ioloop)
+        except OSError as error:
+            # pyftpdlib wraps the last error of several addresses in another OSError.
+            reason = error.args[0] if error.args and isinstance(error.args[0], OSError) else error
+            raise UsageError(
+                f"--interface/--port: cannot listen on {options.interface or 'all interfaces'}, "
+                f"port {options.port}: {os.strerror(reason.errno) if reason.errno else reason}"
+            ) from None
+
+
+def _directory(options: argparse.Namespace) -> str:
+    path: str = os.path.realpath(options.directory)
+    if not os.path.isdir(path):
+        raise UsageError(f"--directory: {options.directory!r} is not a directory")
+    try:
+        os.listdir(path)
+    except OSError as error:
+        raise UsageError(f"--directory: cannot read {options.directory!r}: {error.strerror}") from None
+    if options.write and not os.access(path, os.W_OK):
+        raise UsageError(f"--write: cannot write to {options.directory!r}")
+    return path
+
+
+def _authorizer(options: argparse.Namespace, directory: str) -> DummyAuthorizer:
+    authorizer = DummyAuthorizer()
+    permissions = WRITABLE if options.write else READ_ONLY
+    if options.username and not options.password:
+        raise UsageError("--username needs --password")
+    if options.password and not options.username:
+        raise UsageError("--password needs --username")
+    if options.username:
+        authorizer.add_user(options.username, options.password, directory, perm=permissions)
+    else:
+        with warnings.catch_warnings():
+            # that anonymous may write, which is what --write asked for
+            warnings.simplefilter("ignore", RuntimeWarning)
+            authorizer.add_anonymous(directory, perm=permissions)
+    return authorizer
+
+
+def _attributes(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "abstracted_fs": HomeFS,
+        "masquerade_address": _nat_address(options.nat_address),
+        "passive_ports": options.range,
+        "timeout": options.timeout,
+        "banner": options.banner,
+        "max_login_attempts": options.max_login_attempts,
+        "permit_foreign_addresses": options.permit_foreign_addresses,
+        "permit_privileged_ports": options.permit_privileged_ports,
+        "encoding": options.encoding,
+        "use_gmt_times": not options.use_localtime,
+        "use_sendfile": FTPHandler.use_sendfile and not options.disable_sendfile,
+    }
+
+
+def _nat_address(value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return socket.gethostbyname(value)
+    except OSError as error:
+        raise UsageError(f"--nat-address: {value!r}: {error.strerror or error}") from None
