@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ftplib
 import sys
 import time
@@ -17,7 +16,7 @@ from support import Client, eventually, handler_class, started, users
 
 from bridge.server.shared_table import SharedTable
 from bridge.users import bans as bans_module
-from bridge.users.bans import REFUSAL, BanMixin, Bans, Policy, network_of, policy
+from bridge.users.bans import REFUSAL, BanMixin, Bans, Policy, network_of
 
 #: `python -m bridge.ftp` that says 530 at once, instead of after 3 s and more.
 HASTY = """
@@ -236,15 +235,15 @@ def test_0_bans_nobody(tmp_path: Path) -> None:
     [("5/60", Policy(5, 60, 60)), ("5/60/0.5", Policy(5, 60, 0.5)), ("0", Policy(0, 0, 0))],
 )
 def test_the_option(text: str, expected: Policy) -> None:
-    assert policy(text) == expected
+    assert Policy.parse(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["", "5", "5/", "0/60", "5/0", "5/60/0", "-1/60", "5/60/60/60", "a/b", "5/inf"]
 )
 def test_the_option_when_it_makes_no_sense(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
-        policy(text)
+    with pytest.raises(ValueError, match=r"is no FAILURES|has to be more than 0"):
+        Policy.parse(text)
 
 
 @pytest.mark.program

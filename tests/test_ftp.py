@@ -26,7 +26,7 @@ from pyftpdlib.handlers import DTPHandler, FTPHandler
 
 import bridge.ftp.command
 from bridge.ftp.options import parser_of
-from bridge.workers.run import cores
+from bridge.ftp.parts.workers import cores
 
 pytestmark = pytest.mark.program
 

@@ -25,7 +25,8 @@ from test_ftp import failure, tls_client
 
 import bridge.logs.output
 import bridge.logs.writer
-from bridge.logs.output import JsonFormatter, Logs, TextFormatter, printable
+from bridge.filesystems.text import printable
+from bridge.logs.output import JsonFormatter, Logs, TextFormatter
 from bridge.logs.records import xferlog_line
 from bridge.logs.writer import Writer
 
@@ -599,12 +600,9 @@ def test_it_works_patched(tmp_path: Path) -> None:
 
 
 def test_what_is_installed_is_taken_out_again(tmp_path: Path) -> None:
-    options = Namespace(
-        log_format="text", log_file=str(tmp_path / "log"), xferlog=None, quiet=False, debug=False
-    )
     loggers = [logging.getLogger(name) for name in bridge.logs.output.LOGGERS]
     before = [(logger.level, [*logger.handlers]) for logger in loggers], logging.logThreads
-    with Logs(options).installed():
+    with Logs(str(tmp_path / "log")).installed():
         logging.getLogger("bridge.x").info("%s", "inside")
     logging.getLogger("bridge.x").info("outside")
     assert ([(logger.level, [*logger.handlers]) for logger in loggers], logging.logThreads) == before

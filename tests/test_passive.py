@@ -18,7 +18,7 @@ from support import Client, handler_class, started, users
 
 from bridge.ftp import command as ftp
 from bridge.ftp.options import UsageError, parser_of
-from bridge.proxy import masquerade as passive
+from bridge.ftp.parts import passive
 
 
 def site_of(*options: str) -> Any:
@@ -163,7 +163,7 @@ def unprivileged() -> Iterator[str]:
 @pytest.mark.skipif(bool(list(unprivileged())), reason=", ".join(unprivileged()))
 def test_the_kernel_is_asked_whether_a_port_may_be_bound() -> None:
     code = (
-        "import os; from bridge.proxy.masquerade import _is_allowed as ok; print(ok('', 900)); "
+        "import os; from bridge.ftp.parts.passive import _is_allowed as ok; print(ok('', 900)); "
         "os.setuid(65534); print(ok('', 900), ok('127.0.0.1', 900), ok('::1', 900), ok('', 2000))"
     )
     done = run(sys.executable, "-c", code)

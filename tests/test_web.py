@@ -21,7 +21,7 @@ from webs import Web, serving_site, site_of
 import bridge.web.app
 import bridge.web.auth
 from bridge.ftp.options import UsageError
-from bridge.web.app import address
+from bridge.ftp.parts.web import address
 
 USER = ("-u", "u", "-P", "p", "-w")
 ADMIN = (*USER, "--http-admin", "op:secret")

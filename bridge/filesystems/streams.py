@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from gevent import get_hub, monkey
 from pyftpdlib.exceptions import FilesystemError
 
+from bridge.filesystems.text import one_line
 from bridge.loop.turns import current_session
 
 # --- a private name this module stands on: of bridge.filesystems.offload.OffloadedFile, _file.
@@ -234,11 +235,6 @@ class Shown:
         return "ftp"
 
     get_group_by_gid = get_user_by_uid
-
-
-def one_line(error: Exception) -> str:
-    """Its text, for a reply."""
-    return " ".join(str(error).split())
 
 
 def close_quietly(inner: Any, name: str, method: str = "close") -> None:

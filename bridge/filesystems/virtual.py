@@ -37,9 +37,9 @@ from bridge.filesystems.streams import (
     Stream,
     Upload,
     close_quietly,
-    one_line,
     waiting_for,
 )
+from bridge.filesystems.text import one_line
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 from pyftpdlib.exceptions import _FileReadWriteError  # isort: skip

@@ -22,26 +22,44 @@ from typing import Any
 import gevent
 
 from bridge.ftp.application import Site
-from bridge.ftp.options import UsageError, parser_of
-from bridge.ftp.parts import config, privileges, proxy, tls
-from bridge.ftp.parts import systemd as notify
+from bridge.ftp.options import parser_of
+from bridge.ftp.parts import (
+    bans,
+    config,
+    logs,
+    passive,
+    privileges,
+    proxy,
+    systemd,
+    tls,
+    users,
+    web,
+    workers,
+)
 from bridge.ftp.start_lines import announcement, summary
-from bridge.logs import output as logs
 from bridge.loop.hubs import hear_signals
 from bridge.loop.monitor import watch_hub
-from bridge.proxy import masquerade as passive
 from bridge.server import signals
+from bridge.server.errors import ConfigError
 from bridge.server.server import GeventFTPServer
-from bridge.users import authorizer as users
-from bridge.users import bans
-from bridge.users import passwd as useredit
-from bridge.web import app as web
-from bridge.workers import run as workers
+from bridge.users import passwd
 
 #: What takes part in a site, in this order: modules with `add_options(parser)` and `configure(site)`.
-#: Workers come before what makes tables for all processes, and bind before privileges are dropped; notify
-#: acts around what others do on SIGHUP.
-FEATURES: tuple[Any, ...] = (config, logs, workers, tls, users, bans, passive, proxy, web, privileges, notify)
+#: Workers come before what makes tables for all processes, and bind before privileges are dropped; systemd is
+#: told around what others do on SIGHUP.
+FEATURES: tuple[Any, ...] = (
+    config,
+    logs,
+    workers,
+    tls,
+    users,
+    bans,
+    passive,
+    proxy,
+    web,
+    privileges,
+    systemd,
+)
 
 
 def site_of(options: argparse.Namespace) -> Site:
@@ -95,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit code. Wrong options exit with 2 (SystemExit), as argparse does."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "passwd":
-        return useredit.main(argv[1:])
+        return passwd.main(argv[1:])
     parser = parser_of(FEATURES)
     options = config.parse(lambda: parser_of(FEATURES), argv)
     with contextlib.ExitStack() as stack:
@@ -108,13 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"As it should be: {summary(site)}", flush=True)
                 return 0
             site.bind()
-        except UsageError as error:
+        except ConfigError as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
         stack.callback(site.close)
         if site.workers > 1:
-            workers.run(site, _serve, lambda: _announce(site))
-        else:
-            _serve(site, lambda: _announce(site))
+            return workers.run(site, _serve, lambda: _announce(site))
+        _serve(site, lambda: _announce(site))
     return 0
 
 

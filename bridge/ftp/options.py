@@ -12,24 +12,39 @@ import codecs
 import difflib
 import os
 import re
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, TypeVar
 
 import gevent
 from pyftpdlib import servers
 from pyftpdlib.handlers import FTPHandler
 
 import bridge
+from bridge.server.errors import ConfigError
+
+T = TypeVar("T")
 
 DEFAULT_PORT = 2121  # python -m pyftpdlib
 CONCURRENCY = ("async", "pre-fork", "multi-thread", "multi-proc")
 
 
-class UsageError(Exception):
+class UsageError(ConfigError):
     """A wrong option or a wrong combination: one line for the user."""
 
 
 # --- types
+
+
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """*parse* as argparse's `type`: its ValueError is the message to the user."""
+
+    def convert(value: str) -> T:
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def encoding(value: str) -> str:

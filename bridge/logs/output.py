@@ -10,7 +10,6 @@ printed is escaped, and the further lines of a traceback are indented; JSON is p
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import json
@@ -21,11 +20,11 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any
 
-from bridge.ftp.application import Site
-from bridge.ftp.options import UsageError
-from bridge.logs.records import RecordsMixin, XferlogMixin, fields_of
+from bridge.filesystems.text import encodable, printable
+from bridge.logs.records import fields_of
 from bridge.logs.writer import Writer
 from bridge.loop.turns import current_session
+from bridge.server.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -41,43 +40,26 @@ _COLOURS = {logging.DEBUG: "34", logging.INFO: "32", logging.WARNING: "33", logg
 _TRACEBACK = "Traceback (most recent call last):\n"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this module."""
-    group = parser.add_argument_group("logging options (SIGUSR1 opens the files anew)")
-    group.add_argument(
-        "--log-format",
-        choices=("text", "json"),
-        default="text",
-        help="lines to read, or an object of JSON in each (default: %(default)s)",
-    )
-    group.add_argument("--log-file", metavar="PATH", help="append the log to this file (default: stderr)")
-    group.add_argument("--xferlog", metavar="PATH", help="also log transfers there, in wu-ftpd's format")
-    group.add_argument(
-        "--quiet", action="store_true", help="log warnings and errors only, and print nothing at start-up"
-    )
-
-
-def configure(site: Site) -> None:
-    """Take part in what is logged; `site.logs` is where it goes. Raises UsageError."""
-    options = site.options
-    if options.quiet and options.debug:
-        raise UsageError("--quiet and --debug: only one of them")
-    files = [os.path.realpath(path) for path in (options.log_file, options.xferlog) if path]
-    if len(set(files)) < len(files):
-        raise UsageError("--xferlog and --log-file need a file each")
-    site.logs = logs = Logs(options)
-    site.mixins.append(RecordsMixin)
-    if options.xferlog:
-        site.mixins.append(XferlogMixin)
-        site.attributes["xferlog"] = logs.xferlog
-    site.rotate.append(logs.reopen)
-
-
 class Logs:
-    """Where the log of this run goes: nowhere, until it is `installed`."""
+    """Where the log of this run goes: nowhere, until it is `installed`.
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._options = options
+    - (str) file: path of the log, None for stderr.
+    - (str) xferlog_file: path of the xferlog, None for none.
+    - (bool) json_lines: an object of JSON in each line, not text.
+    - (int) level: of `logging`, for the loggers of LOGGERS.
+    """
+
+    def __init__(
+        self,
+        file: str | None = None,
+        xferlog_file: str | None = None,
+        json_lines: bool = False,
+        level: int = logging.INFO,
+    ) -> None:
+        self._file = file
+        self._xferlog_file = xferlog_file
+        self._json_lines = json_lines
+        self._level = level
         self._writers: list[Writer] = []
         self._xferlog: Writer | None = None
 
@@ -87,35 +69,32 @@ class Logs:
 
         - (bool) process: whether several processes log: lines of text say which. (Those of JSON always do.)
 
-        Changes settings of the `logging` module, and puts them back. Raises UsageError.
+        Changes settings of the `logging` module, and puts them back. Raises ConfigError.
         """
-        options = self._options
-        json_lines = options.log_format == "json"
-        colours = not options.log_file and coloured(sys.stderr)
-        formatter = JsonFormatter() if json_lines else TextFormatter(process, colours)
+        colours = not self._file and coloured(sys.stderr)
+        formatter = JsonFormatter() if self._json_lines else TextFormatter(process, colours)
 
         def notice(number: int) -> str:
             text = f"{_lines(number)} dropped here: they came faster than they could be written"
             return formatter.format(logging.LogRecord(log.name, logging.WARNING, __file__, 0, text, (), None))
 
         def xferlog_notice(number: int) -> None:
-            log.warning("%s dropped from %s", _lines(number), options.xferlog)
+            log.warning("%s dropped from %s", _lines(number), self._xferlog_file)
 
         loggers = [logging.getLogger(name) for name in LOGGERS]
         levels = [logger.level for logger in loggers]
         with contextlib.ExitStack() as stack:
-            writer = self._open("--log-file", options.log_file, notice)
+            writer = self._open("--log-file", self._file, notice)
             stack.callback(writer.close, FLUSH)
-            if options.xferlog:
-                self._xferlog = self._open("--xferlog", options.xferlog, xferlog_notice)
+            if self._xferlog_file:
+                self._xferlog = self._open("--xferlog", self._xferlog_file, xferlog_notice)
                 stack.callback(self._xferlog.close, FLUSH)
             stack.callback(self._writers.clear)
             handler = LogHandler(writer, formatter)
-            level = logging.DEBUG if options.debug else logging.WARNING if options.quiet else logging.INFO
             for logger, before in zip(loggers, levels, strict=True):
                 stack.callback(logger.setLevel, before)
                 stack.callback(logger.removeHandler, handler)
-                logger.setLevel(level)
+                logger.setLevel(self._level)
                 logger.addHandler(handler)
             stack.enter_context(_quick_records())
             yield
@@ -125,7 +104,7 @@ class Logs:
             # An absolute path: a daemon may change its directory, and opens the file again.
             writer = Writer(None if path is None else os.path.abspath(path), notice=notice)
         except OSError as error:
-            raise UsageError(f"{option}: cannot append to {path!r}: {error.strerror}") from None
+            raise ConfigError(f"{option}: cannot append to {path!r}: {error.strerror}") from None
         self._writers.append(writer)
         return writer
 
@@ -243,25 +222,6 @@ class TextFormatter(logging.Formatter):
         return line
 
 
-_ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
-
-
-def printable(text: str) -> str:
-    r"""*text* with what cannot be printed as `\n`, `\xNN`, `\uNNNN`; a byte of invalid UTF-8 as `\xNN`."""
-    if text.isprintable():
-        return text
-    return "".join(each if each.isprintable() else _escaped(each) for each in text)
-
-
-def _escaped(character: str) -> str:
-    number = ord(character)
-    if 0xDC80 <= number <= 0xDCFF:  # os.fsdecode
-        number -= 0xDC00
-    if number < 0x100:
-        return _ESCAPES.get(character, f"\\x{number:02x}")
-    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
-
-
 class JsonFormatter(logging.Formatter):
     """An object of JSON in one line of ASCII. What is not known of a record is left out."""
 
@@ -283,17 +243,11 @@ class JsonFormatter(logging.Formatter):
         if fields is None:
             error = record.levelno >= logging.ERROR
             fields = {"event": "error" if error else "log", "session": _session(), "message": message}
-        line |= {key: _unicode(value) for key, value in fields.items() if value is not None and value != ""}
+        line |= {key: _text(value) for key, value in fields.items() if value is not None and value != ""}
         if trace:
-            line["exc"] = _unicode(trace)
+            line["exc"] = encodable(trace)
         return self._encode(line)
 
 
-def _unicode(value: Any) -> Any:
-    r"""Invalid UTF-8 as `\xNN`: JSON could say it as half a surrogate pair, which strict readers refuse."""
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return "".join(_escaped(each) if "\ud800" <= each <= "\udfff" else each for each in value)
-    return value
+def _text(value: Any) -> Any:
+    return encodable(value) if isinstance(value, str) else value

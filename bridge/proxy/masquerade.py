@@ -1,30 +1,17 @@
-"""What passive data connections are told and get, for the command: --masquerade and --passive-ports.
+"""Passive mode behind a NAT: the address that PASV tells depends on where the client is.
 
-A feature of the command (ftp/application.py); --nat-address and --range are pyftpdlib's names for the simple
-cases. Only the reply to PASV has an address, so networks and addresses are of IPv4.
+Only the reply to PASV has an address, so networks and addresses are of IPv4.
 """
 
 from __future__ import annotations
 
-import argparse
-import errno
 import ipaddress
-import logging
-import socket
 from typing import TYPE_CHECKING, Any
-
-from bridge.ftp.application import Site
-from bridge.ftp.options import UsageError, port_range
 
 if TYPE_CHECKING:
     from pyftpdlib.handlers import FTPHandler as _FTPHandler
 else:  # a mix-in: what it extends is the class it is put before
     _FTPHandler = object
-
-log = logging.getLogger(__name__)
-
-#: In place of an address: the server's own, which is that of the control connection.
-OWN = "-"
 
 
 class MasqueradeMixin(_FTPHandler):
@@ -48,108 +35,3 @@ class MasqueradeMixin(_FTPHandler):
             if client in network:
                 return address
         return type(self).masquerade_address
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this module."""
-    group = parser.add_argument_group("options for passive mode")
-    group.add_argument(
-        "--passive-ports",
-        dest="range",
-        type=port_range,
-        metavar="FROM-TO",
-        help="ports for passive data connections, as --range",
-    )
-    group.add_argument(
-        "--masquerade",
-        action="append",
-        metavar="[NETWORK=]ADDRESS",
-        help="address to tell clients of this network in passive mode, or without NETWORK all others; may be "
-        f"given several times, and the smallest network counts; {OWN} for the server's own address",
-    )
-
-
-def configure(site: Site) -> None:
-    """Tell addresses and take ports as the options say. Raises UsageError."""
-    _configure_addresses(site)
-    if site.options.range:
-        _check_ports(site.options)
-
-
-# --- addresses
-
-
-def _configure_addresses(site: Site) -> None:
-    everybody: list[str | None] = []
-    networks: dict[ipaddress.IPv4Network, str | None] = {}
-    for value in site.options.masquerade or ():
-        network_text, equals, address_text = value.rpartition("=")
-        address = None if address_text == OWN else _address(address_text)
-        if not equals:
-            everybody.append(address)
-            continue
-        network = _network(network_text)
-        if network in networks:
-            raise UsageError(f"--masquerade: {network} is given twice")
-        networks[network] = address
-    if len(everybody) + bool(site.options.nat_address) > 1:
-        raise UsageError("--masquerade: one address without a network, or else --nat-address")
-    if everybody:
-        site.attributes["masquerade_address"] = everybody[0]
-    if networks:
-        site.mixins.append(MasqueradeMixin)
-        site.attributes["masquerade_networks"] = tuple(
-            sorted(networks.items(), key=lambda item: item[0].prefixlen, reverse=True)
-        )
-
-
-def _network(text: str) -> ipaddress.IPv4Network:
-    try:
-        return ipaddress.IPv4Network(text)
-    except ValueError as error:
-        raise UsageError(
-            f"--masquerade: {error}; write NETWORK=ADDRESS for IPv4, 10.0.0.0/8=10.0.0.5 (IPv6 needs none)"
-        ) from None
-
-
-def _address(text: str) -> str:
-    try:
-        return socket.gethostbyname(text or ".")  # ("" would be 0.0.0.0)
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no name"
-        raise UsageError(f"--masquerade: {text!r} is no IPv4 address and no name of one: {reason}") from None
-
-
-# --- ports
-
-
-def _check_ports(options: argparse.Namespace) -> None:
-    ports: list[int] = options.range
-    shown = f"--passive-ports (--range) {ports[0]}-{ports[-1]}"
-    if options.port in ports:
-        raise UsageError(f"{shown}: leave out {options.port}, where the server listens (--port)")
-    for port in (ports[0], ports[-1]):
-        if not _is_allowed(options.interface, port):
-            raise UsageError(
-                f"{shown}: this user may not bind port {port}; begin at 1024, or give CAP_NET_BIND_SERVICE"
-            )
-    sessions = options.max_cons
-    if not sessions or len(ports) < sessions:
-        log.warning(
-            "%s: %d port(s) for %s sessions (--max-cons); while so many wait for their data connection, "
-            "others get 425",
-            shown,
-            len(ports),
-            sessions or "any number of",
-        )
-
-
-def _is_allowed(interface: str | None, port: int) -> bool:
-    """Whether this process may bind *port*; one in use is allowed."""
-    with socket.socket(socket.AF_INET6 if interface and ":" in interface else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((interface or "", port))
-        except OSError as error:
-            return error.errno not in (errno.EACCES, errno.EPERM)
-    return True

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +46,7 @@ from pyftpdlib.utils import strerror
 from bridge.filesystems.atomic import AtomicFS
 from bridge.filesystems.local import HomeFS
 from bridge.filesystems.offload import OffloadedFS
+from bridge.filesystems.text import encodable, one_line
 from bridge.filesystems.virtual import VirtualFS
 from bridge.loop.turns import Interrupt, current_session
 from bridge.session.data import LIMITS, REPLY_CODES, TransferMixin, is_unreachable, transferring
@@ -71,9 +71,6 @@ LINGER = 1.0
 #: For bytes that are not in the session's encoding (PEP 383): a name is the same bytes on the wire and on the
 #: disk, so two names stay two. pyftpdlib's "replace" makes one file of `B\xe4r.txt` and `B\xf6r.txt`.
 UNICODE_ERRORS = "surrogateescape"
-
-#: A byte that is no text, as `surrogateescape` decodes it.
-_INVALID = re.compile("[\udc80-\udcff]")
 
 
 class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
@@ -113,16 +110,16 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
         In the session's own turn it happens at once, else in the hub's next pass.
         """
         if current_session() is self:
-            self._disconnect(_one_line(reason))
+            self._disconnect(one_line(reason))
         else:
-            self.ioloop.submit(self._disconnect, _one_line(reason), interrupt=True)
+            self.ioloop.submit(self._disconnect, one_line(reason), interrupt=True)
 
     def abort_transfer(self, reason: str = "Transfer aborted by the server.") -> None:
         """End this session's transfer with 426 and *reason*, but not the session.
 
         Without a transfer nothing happens. A turn that waits (for the file system, say) is ended.
         """
-        reason = _one_line(reason)
+        reason = one_line(reason)
         if current_session() is self:
             if not self._end_transfer(f"426 {reason}") and self._transfers and not self._last_response:
                 self.respond_w_warning(f"426 {reason}")
@@ -183,11 +180,11 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
 
     def log(self, msg: str, logfun: Callable[..., None] = logger.info) -> None:
         """As pyftpdlib; bytes that are no text are `\\xNN`, since log handlers may write UTF-8 only."""
-        super().log(msg if msg.isascii() else _INVALID.sub(_escaped, msg), logfun)
+        super().log(encodable(msg), logfun)
 
     def logline(self, msg: str, logfun: Callable[..., None] = logger.debug) -> None:
         """As `log`."""
-        super().logline(msg if msg.isascii() else _INVALID.sub(_escaped, msg), logfun)
+        super().logline(encodable(msg), logfun)
 
     def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
         """As pyftpdlib; also keeps `command` and `last_active`."""
@@ -373,14 +370,6 @@ def _derived(base: Any, first: Any, attributes: dict[str, Any], last: Any = None
 
 def _close(file: Any) -> None:
     file.close()
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return f"\\x{ord(match[0]) - 0xDC00:02x}"
-
-
-def _one_line(reason: str) -> str:
-    return " ".join(reason.split())
 
 
 class FTPHandler(SessionMixin, pyftpdlib.handlers.FTPHandler, Events):

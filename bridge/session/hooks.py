@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pyftpdlib.exceptions import FilesystemError
 
+from bridge.filesystems.text import one_line
+
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _last_response, _rnfr, _in_dtp_queue, _out_dtp_queue, _closed; of DTPHandler: _closed,
 # _initialized.
@@ -196,7 +198,7 @@ class EventsMixin(_Handler):
         try:
             self._upload_limit = left = self.quota_left(self.username, path)
         except FilesystemError as error:
-            self.respond_w_warning(f"550 {' '.join(str(error).split())}.")
+            self.respond_w_warning(f"550 {one_line(error)}.")
             return False
         if left is not None and left < size:
             self.respond_w_warning(f"552 Quota exceeded: {max(left, 0)} bytes are left.")

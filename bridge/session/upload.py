@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.log import logger
 
+from bridge.filesystems.text import one_line
+
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of DTPHandler: _resp, _closed, _initialized, _data_wrapper; of SSLConnectionMixin: _ssl_accepting.
 from pyftpdlib.exceptions import _FileReadWriteError  # isort: skip
@@ -135,7 +137,7 @@ class ReceivingMixin(_DTPHandler):
             if control.on_file_received(name) is False:
                 refusal = "451 The server does not take the file"
         except FilesystemError as error:
-            refusal = f"550 {' '.join(str(error).split())}"
+            refusal = f"550 {one_line(error)}"
         except OSError as error:
             refusal = f"451 {error.strerror or 'The file cannot be taken now'}"
             self.log_exception(self)

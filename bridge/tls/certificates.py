@@ -4,7 +4,7 @@ A leaf beside ftp/options.py; ftp/parts/tls.py takes what comes out of here to O
 reads files and may block: it runs at start-up, before there is a hub, or on a native thread. Needs
 cryptography, which is pyOpenSSL's own base.
 
-What is wrong with a file is a UsageError: one line that names the option, the file and the way out.
+What is wrong with a file is a ConfigError: one line that names the option, the file and the way out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bridge.filesystems.replace import replace
-from bridge.ftp.options import UsageError
+from bridge.server.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Identity:
 def load(certfile: str, keyfile: str | None = None) -> Identity:
     """The certificate chain in *certfile* and its key in *keyfile*, or in the same file; both PEM.
 
-    Raises UsageError. A certificate that has expired is none of its business (`out_of_date`).
+    Raises ConfigError. A certificate that has expired is none of its business (`out_of_date`).
     """
     chain = certificates("--certfile", certfile)
     option, path = ("--keyfile", keyfile) if keyfile else ("--certfile", certfile)
@@ -83,16 +83,16 @@ def load(certfile: str, keyfile: str | None = None) -> Identity:
     try:
         key: Any = serialization.load_pem_private_key(content, None)
     except TypeError:
-        raise UsageError(
+        raise ConfigError(
             f"{option}: the key in {path!r} has a passphrase, which nobody can type here; "
             f"take it off: openssl pkey -in {path} -out NEW"
         ) from None
     except (ValueError, UnsupportedAlgorithm):
-        raise UsageError(
+        raise ConfigError(
             f"{option}: no private key, PEM, in {path!r}" + ("" if keyfile else "; is it in a --keyfile?")
         ) from None
     if _public(key.public_key()) != _public(chain[0].public_key()):
-        raise UsageError(f"{option}: the key in {path!r} is not that of the certificate in {certfile!r}")
+        raise ConfigError(f"{option}: the key in {path!r} is not that of the certificate in {certfile!r}")
     with contextlib.suppress(OSError):
         if os.stat(path).st_mode & stat.S_IROTH:
             log.warning("%s: every user can read the private key: chmod o-r %s", option, path)
@@ -100,18 +100,18 @@ def load(certfile: str, keyfile: str | None = None) -> Identity:
 
 
 def certificates(option: str, path: str) -> list[x509.Certificate]:
-    """Those in a PEM file, one at least. Raises UsageError, which names *option*."""
+    """Those in a PEM file, one at least. Raises ConfigError, which names *option*."""
     try:
         return x509.load_pem_x509_certificates(_read(option, path))
     except ValueError:
-        raise UsageError(f"{option}: no certificate, PEM, in {path!r}") from None
+        raise ConfigError(f"{option}: no certificate, PEM, in {path!r}") from None
 
 
 def _read(option: str, path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise UsageError(f"{option}: cannot read {path!r}: {error.strerror}") from None
+        raise ConfigError(f"{option}: cannot read {path!r}: {error.strerror}") from None
 
 
 def _public(key: Any) -> bytes:
@@ -131,7 +131,7 @@ def kept(interface: str | None = None) -> Identity:
 
     It is in pyftpdlib-gevent/certificate.pem, in $XDG_DATA_HOME or ~/.local/share (XDG Base Directory
     Specification), with its key, for nobody else to read. Processes that start at once agree on one.
-    Raises UsageError.
+    Raises ConfigError.
     """
     home = os.environ.get("XDG_DATA_HOME", "")
     data = Path(home if os.path.isabs(home) else os.path.expanduser("~/.local/share"))
@@ -146,13 +146,13 @@ def kept(interface: str | None = None) -> Identity:
                     reason = identity.out_of_date()
                     if reason is None:
                         return identity
-                except UsageError as error:
+                except ConfigError as error:
                     reason = f"cannot be used ({str(error).removeprefix('--certfile: ')})"
                 log.warning("%s %s: a new certificate is made, with another fingerprint", path, reason)
             replace(str(path), _self_signed(_names(interface)))
             return load(str(path))
     except OSError as error:
-        raise UsageError(
+        raise ConfigError(
             f"--tls: cannot keep a self-signed certificate in {str(directory)!r}: {error.strerror}; "
             "set XDG_DATA_HOME, or name a certificate with --certfile"
         ) from None

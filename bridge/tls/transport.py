@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from OpenSSL import SSL, crypto
 from pyftpdlib.log import logger
 
-from bridge.ftp.options import UsageError
+from bridge.server.errors import ConfigError
 from bridge.session.control import GOODBYE
 from bridge.session.transfer import TRANSFERS
 from bridge.session.upload import is_bare_eof
@@ -99,12 +99,12 @@ class Contexts:
     def take(self, identity: Identity, client_ca: list[Any]) -> None:
         """Use this certificate from now on, and let in only clients with one that *client_ca* has signed.
 
-        An empty list lets in all. Raises UsageError if OpenSSL does not like it, and goes on as before.
+        An empty list lets in all. Raises ConfigError if OpenSSL does not like it, and goes on as before.
         """
         try:
             self.context = _context(identity, client_ca, self._newest)
         except (SSL.Error, crypto.Error) as error:
-            raise UsageError(f"--certfile: OpenSSL refuses {identity.path!r}: {_reason(error)}") from None
+            raise ConfigError(f"--certfile: OpenSSL refuses {identity.path!r}: {_reason(error)}") from None
         self._made_of = identity, client_ca
 
     def of_session(self) -> Any:

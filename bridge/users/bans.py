@@ -14,7 +14,6 @@ Nobody waits for somebody else's delay. Sessions that are logged in go on.
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import logging
 import time
@@ -26,8 +25,6 @@ from typing import TYPE_CHECKING
 import gevent
 from gevent.event import Event
 
-from bridge.ftp.application import Site
-from bridge.ftp.options import UsageError
 from bridge.loop.hubs import seconds_until
 from bridge.server.shared_table import Full, SharedTable
 
@@ -65,58 +62,24 @@ class Policy:
     seconds: float
     ban: float
 
-
-def policy(value: str) -> Policy:
-    """FAILURES/SECONDS[/BANSECONDS], or 0."""
-    if value == "0":
-        return Policy(0, 0, 0)
-    parts = value.split("/")
-    try:
-        if not 2 <= len(parts) <= 3:
-            raise ValueError
-        failures, seconds = int(parts[0]), float(parts[1])
-        ban = float(parts[2]) if len(parts) == 3 else seconds
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{value!r} is no FAILURES/SECONDS or FAILURES/SECONDS/BANSECONDS, and not 0 for never"
-        ) from None
-    if failures < 1 or not all(0 < each <= 1e9 for each in (seconds, ban)):
-        raise argparse.ArgumentTypeError(f"{value!r}: all of it has to be more than 0")
-    return Policy(failures, seconds, ban)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this module."""
-    group = parser.add_argument_group("failed logins (async, pre-fork)")
-    group.add_argument(
-        "--ban",
-        type=policy,
-        metavar="FAILURES/SECONDS[/BANSECONDS]",
-        default=DEFAULT,
-        help="refuse an address (IPv6: a /64) after so many failed logins in so many seconds, "
-        "for BANSECONDS or as long; 0 for never (default: %(default)s)",
-    )
-
-
-def configure(site: Site) -> None:
-    """Count failed logins if the options say so. Raises UsageError."""
-    rule: Policy = site.options.ban
-    if site.options.concurrency in ("multi-thread", "multi-proc"):
-        if rule.failures and rule != policy(DEFAULT):
-            raise UsageError("--ban needs --concurrency async or pre-fork")
-        return
-    if not rule.failures:
-        return
-    bans = Bans(rule, lambda: (site.shared["failures"], site.shared["bans"], site.slot))
-
-    def prepare() -> None:
-        for name in ("failures", "bans"):
-            site.shared[name] = SharedTable(site.slots, rows=ROWS)
-
-    site.before.append(prepare)
-    site.services.append(bans.start)
-    site.mixins.append(type("BanMixin", (BanMixin,), {"bans": bans}))
-    site.server_mixins.append(type("BanServerMixin", (BanServerMixin,), {"bans": bans}))
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """FAILURES/SECONDS[/BANSECONDS], or 0 for never. Raises ValueError."""
+        if text == "0":
+            return cls(0, 0, 0)
+        parts = text.split("/")
+        try:
+            if not 2 <= len(parts) <= 3:
+                raise ValueError
+            failures, seconds = int(parts[0]), float(parts[1])
+            ban = float(parts[2]) if len(parts) == 3 else seconds
+        except ValueError:
+            raise ValueError(
+                f"{text!r} is no FAILURES/SECONDS or FAILURES/SECONDS/BANSECONDS, and not 0 for never"
+            ) from None
+        if failures < 1 or not all(0 < each <= 1e9 for each in (seconds, ban)):
+            raise ValueError(f"{text!r}: all of it has to be more than 0")
+        return cls(failures, seconds, ban)
 
 
 def network_of(ip: str) -> str:

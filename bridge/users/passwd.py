@@ -18,7 +18,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from bridge.filesystems import replace as replacing
-from bridge.ftp.options import UsageError
+from bridge.server.errors import ConfigError
 from bridge.users import file as userfile
 from bridge.users.file import Hash, Limits, User, UserFileError, is_user
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         _run(options)
-    except UsageError as error:
+    except ConfigError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except UserFileError as error:
         parser.exit(2, f"{parser.prog}: error: {options.file}, {error}\n")
@@ -106,19 +106,19 @@ def main(argv: Sequence[str]) -> int:
 def _run(options: argparse.Namespace) -> None:
     if options.list:
         if options.user is not None:
-            raise UsageError("--list takes no USER")
+            raise ConfigError("--list takes no USER")
         for user in userfile.parse(_read(options.file)).values():
             print(_shown(user))
         return
     name = options.user
     if name is None:
-        raise UsageError("USER is missing")
+        raise ConfigError("USER is missing")
     try:
         userfile.check_name(name)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise ConfigError(str(error)) from None
     if options.lock + options.stdin + options.delete > 1:
-        raise UsageError("--stdin, --lock and --delete: only one of them")
+        raise ConfigError("--stdin, --lock and --delete: only one of them")
     if options.delete:
         with _edited(options.file, make=False) as lines:
             lines[_index(lines, name, options.file)] = None
@@ -166,15 +166,15 @@ def _ask(stdin: bool) -> str:
     if stdin:
         line = sys.stdin.readline()
         if not line.rstrip("\r\n"):
-            raise UsageError("--stdin: there is no password in the first line")
+            raise ConfigError("--stdin: there is no password in the first line")
         return line.rstrip("\r\n")
     if not sys.stdin.isatty():
-        raise UsageError("no terminal to ask for the password; give it with --stdin")
+        raise ConfigError("no terminal to ask for the password; give it with --stdin")
     password = getpass.getpass("Password: ")
     if not password:
-        raise UsageError("an empty password; --lock lets nobody in")
+        raise ConfigError("an empty password; --lock lets nobody in")
     if getpass.getpass("Again: ") != password:
-        raise UsageError("the two passwords differ; nothing has changed")
+        raise ConfigError("the two passwords differ; nothing has changed")
     return password
 
 
@@ -195,7 +195,7 @@ def _find(lines: Sequence[str | None], name: str) -> int | None:
 def _index(lines: Sequence[str | None], name: str, path: str) -> int:
     index = _find(lines, name)
     if index is None:
-        raise UsageError(f"there is no user {name!r} in {path}")
+        raise ConfigError(f"there is no user {name!r} in {path}")
     return index
 
 

@@ -1,15 +1,12 @@
-"""--http: metrics, health and a status page, served by the FTP server's own hub.
+"""Metrics, health and a status page, served by the FTP server's own hub.
 
-A feature of the command (ftp/application.py). It puts mix-ins that count (counts.py) into the site and binds
-its socket before any process is forked. Each serving process accepts on that socket, and whichever does asks
-the others (server/rpc.py) and answers for all: with exposition.py to /metrics, with page.py to / and
-/status.json. Who may see what is in auth.py.
+Each serving process accepts on one socket, and whichever does asks the others (server/rpc.py) and answers for
+all: with exposition.py to /metrics, with page.py to / and /status.json. Who may see what is in auth.py, what
+is counted in counts.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import ipaddress
 import json
 import logging
@@ -25,13 +22,12 @@ from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 from bridge.filesystems.threads import THREADS
-from bridge.ftp.application import Site
-from bridge.ftp.options import UsageError
-from bridge.server import rpc as siblings
+from bridge.server import rpc
+from bridge.server.errors import ConfigError
 from bridge.web import page
-from bridge.web.auth import ENVIRONMENT, Guard, Refused, administrator
-from bridge.web.counts import CountingMixin, Counts
-from bridge.web.metrics import Reporter, ReportingMixin
+from bridge.web.auth import Guard, Refused
+from bridge.web.counts import Counts
+from bridge.web.metrics import Reporter
 
 log = logging.getLogger(__name__)
 
@@ -59,79 +55,26 @@ _HEADERS = (
 )
 
 
-def address(value: str) -> tuple[str, int]:
-    """HOST:PORT, [v6]:PORT or PORT."""
-    host, colon, port = value.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host or (colon and not host):
-        raise argparse.ArgumentTypeError(f"{value!r}: write HOST:PORT, [v6]:PORT or PORT")
-    try:
-        number = int(port)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r}: write HOST:PORT, [v6]:PORT or PORT") from None
-    if not 0 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"port {number} is not between 0 (any free port) and 65535")
-    return host or "127.0.0.1", number
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this module."""
-    group = parser.add_argument_group(
-        "metrics and status page (need prometheus_client and psutil: pip install 'pyftpdlib-gevent[metrics]')"
-    )
-    group.add_argument(
-        "--http",
-        type=address,
-        metavar="ADDRESS",
-        help="serve /metrics, /healthz and a status page: HOST:PORT, [v6]:PORT, or PORT on 127.0.0.1; "
-        "port 0 for any free one",
-    )
-    group.add_argument(
-        "--http-admin",
-        metavar="USER:PASSWORD",
-        help="who may see the page, from everywhere, and disconnect sessions; @FILE for a file with it, "
-        f"or set {ENVIRONMENT}, so that it is not in the list of processes",
-    )
-
-
-def configure(site: Site) -> None:
-    """Serve metrics and the page if the options say so. Raises UsageError."""
-    options = site.options
-    if options.http is None:
-        if options.http_admin is not None:
-            raise UsageError("--http-admin needs --http")
-        return
-    if options.concurrency in ("multi-thread", "multi-proc"):
-        raise UsageError("--http needs --concurrency async or pre-fork")
-    for name in ("prometheus_client", "psutil"):
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(f"--http needs {name}: pip install 'pyftpdlib-gevent[metrics]'")
-    web = Web(site, Guard(administrator(options.http_admin)))
-    site.attributes["counts"] = web.counts
-    site.mixins.append(CountingMixin)
-    site.server_mixins.append(ReportingMixin)
-    if not options.check:
-        site.before.append(web.bind)
-    site.services.append(web.start)
-
-
 class Web:
-    """The web application of a site, in every process.
+    """The web application of a server, in every process that serves it.
 
-    - (Site) site: borrowed.
+    - (tuple) address: host and port to listen on, port 0 for any free one.
     - (Guard) guard: who may see the page, and disconnect.
 
-    `bind` opens the socket (UsageError), which is this object's; `start` serves and returns what ends it.
+    `bind` opens the socket (ConfigError), which is this object's; `start` serves and returns what ends it.
     """
 
-    def __init__(self, site: Site, guard: Guard) -> None:
+    def __init__(self, address: tuple[str, int], guard: Guard) -> None:
         from bridge.web.exposition import expose  # with the `metrics` extra; now, since it takes 0.1 s
 
         self._expose = expose
         self.counts = Counts()
-        self._site = site
+        self._address = address
         self._guard = guard
+        self._server: Any = None
+        self._directory = "/"
+        self._slot = 0
+        self._rpc_directory: str | None = None
         self._listener: Any = None
         self._is_local = False
         self._reporter: Reporter
@@ -149,40 +92,51 @@ class Web:
 
     # --- runs in the parent, before there is a hub
 
-    def bind(self) -> None:
-        """Open the socket, and the memory of the counters. Raises UsageError."""
-        host, port = self._site.options.http
+    def bind(self, slots: int = 1) -> str:
+        """Open the socket, and the memory of the counters of *slots* processes; a line that tells the URL.
+
+        Raises ConfigError.
+        """
+        host, port = self._address
         try:
             family, _, _, _, where = socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
             self._listener = socket.create_server(where[:2], family=family, backlog=128)
         except OSError as error:
-            raise UsageError(
+            raise ConfigError(
                 f"--http: cannot listen on {host}, port {port}: {error.strerror or error}"
             ) from None
-        self.counts.make(self._site.slots)
+        self._slots = slots
+        self.counts.make(slots)
         host, port = self._listener.getsockname()[:2]
         self._is_local = ipaddress.ip_address(host.partition("%")[0]).is_loopback
         shown = f"[{host}]" if ":" in host else host
         if self._is_local or self._guard.token:
-            self._site.told.append(f"Status:   http://{shown}:{port}/")
-        else:
-            self._site.told.append(f"Metrics:  http://{shown}:{port}/metrics")
+            return f"Status:   http://{shown}:{port}/"
+        return f"Metrics:  http://{shown}:{port}/metrics"
 
     # --- runs in each serving process
 
-    def start(self) -> Callable[[], None]:
-        """Serve on this thread's hub; returns what ends it."""
-        site = self._site
-        self.counts.take(site.slot)
+    def start(
+        self, server: Any, directory: str, slot: int = 0, rpc_directory: str | None = None
+    ) -> Callable[[], None]:
+        """Serve on this thread's hub; returns what ends it.
+
+        - (GeventFTPServer) server: of this process, borrowed; with `ReportingMixin`.
+        - (str) directory: what it shares; paths in it are shown as users know them.
+        - (int) slot: this process's number among those of `bind`.
+        - (str) rpc_directory: where the processes have their sockets, None if there is only one.
+        """
+        self._server, self._directory = server, directory
+        self._slot, self._rpc_directory = slot, rpc_directory
+        self.counts.take(slot)
         self.counts.add("starts")
-        self._reporter = Reporter(site.slot, self.counts, site.server, self._shown)
-        directory = self._site.runtime_dir
+        self._reporter = Reporter(slot, self.counts, server, self._shown)
         endings = [self._reporter.close]
-        if directory is not None:
-            endings.append(siblings.serve(directory, site.slot, self._answer))
-        server = WSGIServer(
+        if rpc_directory is not None:
+            endings.append(rpc.serve(rpc_directory, slot, self._answer))
+        wsgi_server = WSGIServer(
             gevent.socket.socket(fileno=os.dup(self._listener.fileno())),
             self,
             log=None,
@@ -190,10 +144,10 @@ class Web:
             handler_class=_Handler,
             spawn=Pool(CONNECTIONS),
             # (SERVER_NAME: gevent would ask the resolver.)
-            environ={"SERVER_NAME": "bridge", "wsgi.multiprocess": site.slots > 1},
+            environ={"SERVER_NAME": "bridge", "wsgi.multiprocess": self._slots > 1},
         )
-        server.start()
-        endings.append(lambda: server.stop(GRACE))
+        wsgi_server.start()
+        endings.append(lambda: wsgi_server.stop(GRACE))
 
         def end() -> None:
             for each in reversed(endings):
@@ -204,34 +158,34 @@ class Web:
         return end
 
     def _shown(self, path: str) -> str:
-        """A path as users know it, if it is in what the site shares."""
-        directory = self._site.directory.rstrip("/")
+        """A path as users know it, if it is in what the server shares."""
+        directory = self._directory.rstrip("/")
         return path[len(directory) :] if path.startswith(directory + "/") else path
 
     # --- runs in a greenlet for each connection: may wait
 
     def _answer(self, question: dict[str, Any]) -> Any:
-        """What a sibling asks, and this process itself."""
+        """What another process asks, or this one."""
         match question["ask"]:
             case "gauges":
                 return self._reporter.gauges()
             case "status":
                 return self._reporter.status()
             case "disconnect":
-                handler = self._site.server.session_of(question["session"])
+                handler = self._server.session_of(question["session"])
                 if handler is None:
                     return False
                 self.counts.add("disconnects")
                 handler.disconnect("Disconnected by the operator.")
                 return True
             case other:
-                raise ValueError(f"a sibling asks for {other!r}")
+                raise ValueError(f"another process asks for {other!r}")
 
     def _ask(self, **question: Any) -> list[Any]:
         """The answers of all processes; this one's first."""
-        directory = self._site.runtime_dir
         own = self._answer(question)
-        others = [] if directory is None else siblings.ask_all(directory, self._site.slot, question)
+        directory = self._rpc_directory
+        others = [] if directory is None else rpc.ask_all(directory, self._slot, question)
         return [own, *others]
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -261,7 +215,7 @@ class Web:
 
     def _health(self, _: dict[str, Any]) -> tuple[Any, ...]:
         """200 as long as one process accepts connections."""
-        states = [self._site.server.state]
+        states = [self._server.state]
         if states != ["started"]:
             states = [each["state"] for each in self._ask(ask="gauges")]
         kind = ("Content-Type", "text/plain; charset=utf-8")

@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import gevent
 
-from bridge.ftp.options import UsageError
+from bridge.server.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Refused(Exception):
 
 
 def administrator(value: str | None) -> tuple[str, str] | None:
-    """User and password of --http-admin *value*, or of the environment. Raises UsageError."""
+    """User and password of --http-admin *value*, or of the environment. Raises ConfigError."""
     where = "--http-admin"
     if value is None:
         value, where = os.environ.get(ENVIRONMENT), ENVIRONMENT
@@ -63,12 +63,12 @@ def administrator(value: str | None) -> tuple[str, str] | None:
             with open(value[1:], encoding="utf-8") as file:
                 value = file.readline().rstrip("\r\n")
         except OSError as error:
-            raise UsageError(f"{where}: cannot read it: {error.strerror}") from None
+            raise ConfigError(f"{where}: cannot read it: {error.strerror}") from None
         except UnicodeError:
-            raise UsageError(f"{where}: its first line is not UTF-8") from None
+            raise ConfigError(f"{where}: its first line is not UTF-8") from None
     user, _, password = value.partition(":")
     if not user or not password:
-        raise UsageError(f"{where}: write USER:PASSWORD, neither of them empty")
+        raise ConfigError(f"{where}: write USER:PASSWORD, neither of them empty")
     return user, password
 
 

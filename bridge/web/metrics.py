@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 
+from bridge.filesystems.text import printable
 from bridge.filesystems.threads import THREADS
-from bridge.logs.output import printable
 from bridge.loop.hubs import seconds_until
 from bridge.server.sessions import snapshot
 from bridge.web.counts import DIRECTIONS, LAG, Counts

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from pyftpdlib.servers import FTPServer
@@ -86,17 +87,19 @@ class SharedCounts(AddressCounts):
 
 
 class SharedLimits:
-    """For a server class with the class attribute `site`: its limits hold for all workers together."""
+    """For a server class: its limits hold for all workers together.
 
-    site: Any
+    Class attribute `session_table`, a static method: gives the table of sessions and this process's column.
+    """
+
+    session_table: Callable[[], tuple[SharedTable, int]]
     max_cons: int
     max_cons_per_ip: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ip_map = SharedCounts(
-            self.site.shared["sessions"], self.site.slot, bool(self.max_cons), bool(self.max_cons_per_ip)
-        )
+        shared, slot = self.session_table()
+        self.ip_map = SharedCounts(shared, slot, bool(self.max_cons), bool(self.max_cons_per_ip))
 
     def session_count(self) -> int:
         """Sessions in all workers."""

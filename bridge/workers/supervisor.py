@@ -7,12 +7,13 @@ and between forks; its loop waits for signals (set_wakeup_fd) and for what worke
        |                                          '---drain, or the parent is gone---> draining ---^
        '-- a socket to each worker: one byte is one order, its end is the parent's death
 
-- **A worker that dies is replaced** after FIRST seconds, doubling to LAST; its column in all of `site.shared`
-  is cleared. HOPELESS workers in a row that die before they serve end the parent with exit code 1.
-- **SIGHUP replaces the workers one by one.** The successor calls `site.reload` and serves before the old one
-  retires; sessions stay where they are until they end, however long. There are two slots for each place: when
-  none is free for a successor, the worker that retired first is drained (--stop-timeout).
-- **SIGTERM, SIGINT** go to all: drain, cut, end. SIGUSR1: `site.rotate`, here and in all workers.
+- **A worker that dies is replaced** after FIRST seconds, doubling to LAST; what it has counted in the shared
+  tables is forgotten (`Parent.forget`). HOPELESS workers in a row that die before they serve end the parent
+  with exit code 1.
+- **SIGHUP replaces the workers one by one.** The successor reads anew what can be read and serves before the
+  old one retires; sessions stay where they are until they end, however long. There are two slots for each
+  place: when none is free for a successor, the worker that retired first is drained (--stop-timeout).
+- **SIGTERM, SIGINT** go to all: drain, cut, end. SIGUSR1: log files are opened anew, here and in all workers.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from bridge.ftp.application import Site
 from bridge.server import signals
 
 # --- outside of gevent's documented interface (tests/test_structure.py checks that it exists)
@@ -102,13 +103,32 @@ class Forked(BaseException):
         self.worker = worker
 
 
-class Supervisor:
-    """Starts, replaces and stops workers; `run` returns when the last is gone."""
+@dataclass(frozen=True)
+class Parent:
+    """What the program does in the parent when something happens to its workers."""
 
-    def __init__(self, site: Site, announce: Callable[[], None]) -> None:
-        self._site = site
-        self._announce: Callable[[], None] | None = announce
-        self._places = [_Place(number, each) for number, each in enumerate(site.listeners)]
+    #: All workers serve, for the first time.
+    announce: Callable[[], object]
+    #: The state is now `ready`, `reloading` or `stopping`; also called in signal handlers.
+    report_state: Callable[[str], object]
+    #: SIGUSR1: open log files anew.
+    rotate: Callable[[], object]
+    #: The worker in this slot is gone: clear what it has counted.
+    forget: Callable[[int], object]
+
+
+class Supervisor:
+    """Starts, replaces and stops workers; `run` returns when the last is gone.
+
+    - listeners: a listening socket for each worker, borrowed.
+    - (int) slots: how many workers there may be at once, with those that retire.
+    """
+
+    def __init__(self, listeners: Sequence[Any], slots: int, parent: Parent) -> None:
+        self._parent = parent
+        self._slots = slots
+        self._announced = False
+        self._places = [_Place(number, each) for number, each in enumerate(listeners)]
         self._workers: dict[int, Worker] = {}
         self._successor: Worker | None = None
         self._generation = 0
@@ -148,7 +168,7 @@ class Supervisor:
 
     def _drain(self) -> None:
         self._orders.append(DRAIN)
-        self._site.tell("stopping")
+        self._parent.report_state("stopping")
 
     def _wait(self, wakeup: socket.socket) -> None:
         with selectors.DefaultSelector() as selector:
@@ -184,9 +204,9 @@ class Supervisor:
                 old.retires = old.talks = True
                 old.tell(RETIRE)
                 log.info("worker %d serves, worker %d retires", worker.pid, old.pid)
-        if self._announce is not None and all(p.worker and p.worker.serves for p in self._places):
-            announce, self._announce = self._announce, None
-            announce()
+        if not self._announced and all(p.worker and p.worker.serves for p in self._places):
+            self._announced = True
+            self._parent.announce()
 
     def _obey(self, order: bytes) -> None:
         if order in (DRAIN, CUT):
@@ -194,12 +214,12 @@ class Supervisor:
         elif order == RETIRE:
             self._generation += 1
             self._reloads = True
-            self._site.tell("reloading")
+            self._parent.report_state("reloading")
             for place in self._places:
                 place.stale = True
             return
         else:
-            signals.run_all(self._site.rotate)
+            self._parent.rotate()
         for worker in list(self._workers.values()):
             worker.tell(order)
 
@@ -229,11 +249,11 @@ class Supervisor:
                 return
         if self._reloads and not any(place.stale for place in self._places):
             self._reloads = False
-            self._site.tell("ready")
+            self._parent.report_state("ready")
 
     def _free_slot(self) -> int | None:
         used = {worker.slot for worker in self._workers.values()}
-        for slot in range(self._site.slots):
+        for slot in range(self._slots):
             if slot not in used:
                 return slot
         retired = [worker for worker in self._workers.values() if worker.retires]
@@ -246,7 +266,7 @@ class Supervisor:
 
     def _fork(self, place: _Place, slot: int) -> Worker:
         if get_hub_if_exists() is not None:
-            raise RuntimeError("the hub is used before the fork of workers: do it in site.services")
+            raise RuntimeError("the hub is used before the fork of workers: do it in the worker")
         worker = Worker(place, slot, self._generation)
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         pid = os.fork()
@@ -269,8 +289,7 @@ class Supervisor:
     def _bury(self, worker: Worker, status: int) -> None:
         del self._workers[worker.pid]
         worker.channel.close()
-        for table in self._site.shared.values():
-            table.clear_column(worker.slot)
+        self._parent.forget(worker.slot)
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if worker.retires or self._stopping is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bridge.filesystems.threads import THREADS
 from bridge.ftp.application import Site
 from bridge.ftp.options import DEFAULT_PORT, UsageError
+from bridge.server.errors import ConfigError
 
 if TYPE_CHECKING:
     from bridge.tls.transport import Contexts
@@ -120,7 +121,7 @@ def configure(site: Site) -> None:
 
 
 def _begin(site: Site, contexts: Contexts) -> None:
-    """Raises UsageError."""
+    """Raises ConfigError."""
     options = site.options
     identity, client_ca = _read(options)
     contexts.take(identity, client_ca)
@@ -138,7 +139,7 @@ def _renew(options: argparse.Namespace, contexts: Contexts) -> None:
     try:
         identity, client_ca = THREADS.call(_read, options)
         contexts.take(identity, client_ca)
-    except UsageError as error:
+    except ConfigError as error:
         log.error("%s; the certificate that was in force stays", error)
     except OSError as error:
         log.error("cannot read the certificate again: %s; the one that was in force stays", error)

@@ -1,0 +1,44 @@
+"""Failed logins: --ban. What counts, and what becomes of it, is in users/bans.py."""
+
+from __future__ import annotations
+
+import argparse
+
+from bridge.ftp.application import Site
+from bridge.ftp.options import UsageError, argument
+from bridge.server.shared_table import SharedTable
+from bridge.users.bans import DEFAULT, ROWS, BanMixin, Bans, BanServerMixin, Policy
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this module."""
+    group = parser.add_argument_group("failed logins (async, pre-fork)")
+    group.add_argument(
+        "--ban",
+        type=argument(Policy.parse),
+        metavar="FAILURES/SECONDS[/BANSECONDS]",
+        default=DEFAULT,
+        help="refuse an address (IPv6: a /64) after so many failed logins in so many seconds, "
+        "for BANSECONDS or as long; 0 for never (default: %(default)s)",
+    )
+
+
+def configure(site: Site) -> None:
+    """Count failed logins if the options say so. Raises UsageError."""
+    rule: Policy = site.options.ban
+    if site.options.concurrency in ("multi-thread", "multi-proc"):
+        if rule.failures and rule != Policy.parse(DEFAULT):
+            raise UsageError("--ban needs --concurrency async or pre-fork")
+        return
+    if not rule.failures:
+        return
+    bans = Bans(rule, lambda: (site.shared["failures"], site.shared["bans"], site.slot))
+
+    def prepare() -> None:
+        for name in ("failures", "bans"):
+            site.shared[name] = SharedTable(site.slots, rows=ROWS)
+
+    site.before.append(prepare)
+    site.services.append(bans.start)
+    site.mixins.append(type("BanMixin", (BanMixin,), {"bans": bans}))
+    site.server_mixins.append(type("BanServerMixin", (BanServerMixin,), {"bans": bans}))

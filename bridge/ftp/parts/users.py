@@ -1,0 +1,117 @@
+"""Users of a file: --users and --anonymous.
+
+Who may log in is in users/authorizer.py, what users may use in users/quota.py, what keeps them in their homes
+in filesystems/jail.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from typing import Any
+
+from pyftpdlib.authorizers import DummyAuthorizer
+
+from bridge.filesystems.atomic import remove_leftovers
+from bridge.filesystems.jail import ConfinedFS, available
+from bridge.filesystems.local import HomeFS
+from bridge.ftp.application import Site
+from bridge.ftp.options import UsageError
+from bridge.server.shared_table import SharedTable
+from bridge.users.authorizer import UserAuthorizer, WatchedFile, reason_for
+from bridge.users.file import READ_ONLY, WRITABLE, UserFileError
+from bridge.users.quota import AccountDataMixin, AccountMixin, Accounts, AccountServerMixin
+
+#: Rows of the shared tables for each user of the file, and at least: see SharedTable.
+ROWS_FOR_EACH, ROWS = 8, 4096
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this module."""
+    group = parser.add_argument_group("users (async, pre-fork)")
+    group.add_argument(
+        "--users",
+        metavar="FILE",
+        help="users with passwords, homes, permissions and limits, one on each line; edit it with "
+        "`python -m bridge.ftp passwd FILE USER`",
+    )
+    group.add_argument(
+        "--anonymous",
+        action="store_true",
+        help="let anonymous in too, to --directory (default: only if there are no other users)",
+    )
+
+
+def configure(site: Site) -> None:
+    """Let in whom the options say. Raises UsageError."""
+    options = site.options
+    if options.users is None:
+        if options.anonymous and options.username:
+            _add_anonymous(site, site.authorizer)
+        return
+    if options.username:
+        raise UsageError(
+            "--username cannot be used with --users: add the user to the file, "
+            "with `python -m bridge.ftp passwd FILE USER`"
+        )
+    if options.concurrency in ("multi-thread", "multi-proc"):
+        raise UsageError("--users needs --concurrency async or pre-fork")
+    if not available():
+        raise UsageError("--users needs Linux with /proc, or users could leave their homes")
+    authorizer = UserAuthorizer(site.directory, WRITABLE if options.write else READ_ONLY)
+    file = WatchedFile(os.path.abspath(options.users), authorizer)
+    try:
+        file.load()
+    except (OSError, UserFileError) as error:
+        raise UsageError(f"--users: {reason_for(options.users, error)}") from None
+    site.authorizer = authorizer
+    count = len(authorizer.users)
+    site.users = f"{count} {'user' if count == 1 else 'users'} of {options.users}"
+    site.access = "as the file says"
+    site.client_options = "-u USER:PASSWORD " + site.client_options
+    site.reload.append(file.reload)
+    site.services.append(file.start)
+    if options.anonymous:
+        _add_anonymous(site, authorizer)
+    _account(site, authorizer)
+    below = site.attributes["abstracted_fs"]
+    site.attributes["abstracted_fs"] = ConfinedFS if below is HomeFS else _over(below)
+    if options.atomic_uploads:
+        site.before.append(lambda: _remove_leftovers(site.directory, authorizer))
+
+
+def _account(site: Site, authorizer: UserAuthorizer) -> None:
+    accounts = Accounts(
+        authorizer.limits_of, lambda: (site.shared["user sessions"], site.shared["user bytes"], site.slot)
+    )
+
+    def prepare() -> None:
+        rows = max(ROWS, ROWS_FOR_EACH * len(authorizer.users))
+        for name in ("user sessions", "user bytes"):
+            site.shared[name] = SharedTable(site.slots, rows)
+
+    site.before.append(prepare)
+    site.mixins.append(type("AccountMixin", (AccountMixin,), {"accounts": accounts}))
+    site.data_mixins.append(AccountDataMixin)
+    site.server_mixins.append(AccountServerMixin)
+
+
+def _over(file_system: Any) -> Any:
+    return type("FileSystem", (file_system, ConfinedFS), {})
+
+
+def _add_anonymous(site: Site, authorizer: DummyAuthorizer) -> None:
+    with warnings.catch_warnings():
+        # that anonymous may write, which is what --write asked for
+        warnings.simplefilter("ignore", RuntimeWarning)
+        authorizer.add_anonymous(site.directory, perm=WRITABLE if site.options.write else READ_ONLY)
+    site.users += " and anonymous"
+
+
+def _remove_leftovers(directory: str, authorizer: UserAuthorizer) -> None:
+    """What ftp/application.py does for the shared directory, for the homes that are elsewhere."""
+    homes = {os.path.realpath(user.home_in(directory)) for user in authorizer.users.values()}
+    for home in sorted(homes):
+        if os.path.commonpath((home, directory)) != directory and os.path.isdir(home):
+            remove_leftovers(home)

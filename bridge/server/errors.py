@@ -1,0 +1,5 @@
+"""What a server cannot be made of."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: one line that says which, its value, and what to do about it."""
