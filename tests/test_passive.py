@@ -19,6 +19,7 @@ from support import Client, handler_class, started, users
 from bridge.ftp import command as ftp
 from bridge.ftp.options import UsageError, parser_of
 from bridge.ftp.parts import passive
+from bridge.proxy.masquerade import MasqueradeMixin
 
 
 def site_of(*options: str) -> Any:
@@ -59,7 +60,7 @@ def test_nat_address_is_for_all_others() -> None:
 def test_an_address_alone_is_nat_address() -> None:
     assert site_of("--masquerade", "192.0.2.1").attributes["masquerade_address"] == "192.0.2.1"
     assert site_of("--masquerade", "localhost").attributes["masquerade_address"] == "127.0.0.1"
-    assert passive.MasqueradeMixin not in site_of("--masquerade", "192.0.2.1").mixins
+    assert MasqueradeMixin not in site_of("--masquerade", "192.0.2.1").mixins
 
 
 def test_pasv_tells_it_and_epsv_has_no_address(tmp_path: Path) -> None:
