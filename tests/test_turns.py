@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import fcntl
 import os
 import random
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -280,6 +282,9 @@ def test_who_connects_when_an_accept_goes_on_that_waited_is_accepted(tmp_path: A
 
 # --- native sockets where gevent's are handed over
 
+#: A descriptor's number far above those that are open.
+HIGH = min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 10
+
 
 def test_a_gevents_listener_stays_its_owners(tmp_path: Any) -> None:
     listener = gevent.socket.socket()
@@ -302,7 +307,9 @@ def test_a_gevents_listener_stays_its_owners(tmp_path: Any) -> None:
 def test_nobody_closes_a_descriptor_twice() -> None:
     """The native socket and its owner have one descriptor; whichever goes first, another's stays open."""
     for last in ("native", "owner"):
-        owner = gevent.socket.socket()
+        with gevent.socket.socket() as sock:
+            # A number that no other thread is given meanwhile: the kernel gives the lowest that is free.
+            owner = gevent.socket.socket(fileno=fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, HIGH))
         loop = GeventIOLoop()
         channel: Any = Acceptor(ioloop=loop)
         channel.socket, channel._closed = owner, True
