@@ -117,8 +117,9 @@ def test_the_image_is_built_from_files_that_there_are() -> None:
     kept = [line[1:] for line in ignored if line.startswith("!")]
     for name in kept:
         assert list(root.glob(name)), name
-    needed = {path for path in (root / "bridge").iterdir() if path.is_file()}
-    assert needed == {path for name in kept for path in root.glob(name) if path.parent.name == "bridge"}
+    package = root / "bridge"
+    needed = {path for path in package.iterdir() if path.is_file()}
+    assert needed == {path for name in kept for path in root.glob(name) if path.parent == package}
 
 
 @pytest.mark.program
