@@ -13,6 +13,7 @@ import ipaddress
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -206,6 +207,12 @@ def environment() -> dict[str, str]:
     """Ours, with the same bridge as in this process, and UTF-8 file names."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "LC_ALL": "C.UTF-8"}
+
+
+def become_third(sock: socket.socket) -> None:
+    """In a child, before it executes a program: give that *sock* as descriptor 3, as systemd does."""
+    os.dup2(sock.fileno(), 3)
+    os.set_inheritable(3, True)  # if 3 is what it was already, dup2() did nothing
 
 
 def run(*command: str, directory: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import gevent.socket
 import pytest
+from cli import become_third
 from pyftpdlib.handlers import FTPHandler
 from support import PATIENCE, Client, handler_class, users
 
@@ -107,7 +108,7 @@ def test_a_socket_from_systemd() -> None:
             [sys.executable, "-c", SYSTEMD],
             env={**os.environ, "LISTEN_FDS": "1"},
             # The descriptor systemd would use; the child has no other.
-            preexec_fn=lambda: os.dup2(listener.fileno(), 3),
+            preexec_fn=lambda: become_third(listener),
             close_fds=False,
         )
         try:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli import LIMIT, Command, environment, log_in, run
+from cli import LIMIT, Command, become_third, environment, log_in, run
 from pyftpdlib.prefork import cpu_count
 
 pytestmark = pytest.mark.program
@@ -243,7 +243,7 @@ def activated(directory: Path, listener: socket.socket) -> Iterator[subprocess.P
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         encoding="utf-8",
-        preexec_fn=lambda: os.dup2(listener.fileno(), 3),  # (the child has no other descriptor)
+        preexec_fn=lambda: become_third(listener),  # (the child has no other descriptor)
         close_fds=False,
     )
     try:
