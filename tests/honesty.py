@@ -30,17 +30,20 @@ the main greenlet starts up and then waits for the end.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gevent
 import gevent.hub
 import greenlet
+from gevent import monkey
 
 from bridge.loop.monitor import calls_in
 
@@ -81,6 +84,8 @@ _DISK = tuple(
     )
 )
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
+#: Held while the monitor has a descriptor open.
+_descriptor = monkey.get_original("_thread", "allocate_lock")()
 
 
 class Block(NamedTuple):
@@ -131,6 +136,13 @@ def counts(who: Any) -> bool:
     while frame is not None and frame.f_back and f"{os.sep}gevent{os.sep}" in frame.f_code.co_filename:
         frame = frame.f_back
     return frame is not None and not frame.f_code.co_filename.startswith(_HERE)
+
+
+@contextlib.contextmanager
+def monitor_without_descriptors() -> Iterator[None]:
+    """The monitor takes no descriptor for its looks, and sees the innermost call only."""
+    with _descriptor:
+        yield
 
 
 class Watch:
@@ -244,7 +256,14 @@ class Watch:
         since = time.perf_counter() - entered
         # The last look before LIMIT, or else the first one after it: what comes later may be innocent.
         if since > LOOK and (since < LIMIT or self._seen[0] != entered):
-            calls = calls_in(hub.thread_ident)[:DEPTH]
+            if _descriptor.acquire(False):
+                try:
+                    calls = calls_in(hub.thread_ident)[:DEPTH]
+                finally:
+                    _descriptor.release()
+            else:
+                frame = sys._current_frames()[hub.thread_ident]
+                calls = [(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)]
             stack = [traceback.FrameSummary(*call, lookup_line=False) for call in calls]
             # Not the repr of any greenlet: that of a patched thread takes a lock, for which this thread would
             # get a hub.

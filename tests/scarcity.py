@@ -18,6 +18,7 @@ from typing import Any
 import cli
 import pytest
 from fakes import RecordingHandler
+from honesty import monitor_without_descriptors
 from support import Client, eventually, handler_class, users
 
 HERE = Path(__file__).parent
@@ -48,11 +49,15 @@ class Descriptors:
 
 @contextlib.contextmanager
 def no_descriptors() -> Iterator[Descriptors]:
-    """The limit goes down to little more than what is open, then all that is left is filled."""
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    with contextlib.closing(Descriptors()) as descriptors, limited(resource.RLIMIT_NOFILE, highest + 8):
-        descriptors.take_all()
-        yield descriptors
+    """The limit goes down to little more than what is open, then all that is left is filled.
+
+    The monitor's thread (honesty.py) neither gives one back nor takes one meanwhile.
+    """
+    with monitor_without_descriptors():
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        with contextlib.closing(Descriptors()) as descriptors, limited(resource.RLIMIT_NOFILE, highest + 8):
+            descriptors.take_all()
+            yield descriptors
 
 
 @contextlib.contextmanager

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import logging
-import os
-import resource
 import socket
 import time
 from pathlib import Path
@@ -19,6 +16,7 @@ from fakes import Gate, RecordingHandler, WaitingFS
 from gevent import monkey
 from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.servers import FTPServer
+from scarcity import no_descriptors
 from support import Client, eventually, handler_class, serving, users
 
 from bridge import GeventIOLoop
@@ -219,16 +217,9 @@ def test_a_listener_survives_the_lack_of_descriptors(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """pyftpdlib closes the listener at the first EMFILE."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with serving(handler_class(users(tmp_path))) as server, Client(server) as client:
         waiting = socket.socket()
-        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
-        fillers = []
-        try:
-            with contextlib.suppress(OSError):  # EMFILE
-                while True:
-                    fillers.append(os.open(os.devnull, os.O_RDONLY))
+        with no_descriptors():
             waiting.setblocking(False)
             assert waiting.connect_ex(server.address) in (0, errno.EINPROGRESS)
             (registration,) = (
@@ -236,10 +227,6 @@ def test_a_listener_survives_the_lack_of_descriptors(
             )
             eventually(lambda: registration.delay >= 4 * channels.MIN_DELAY)
             client.command("NOOP", "200")
-        finally:
-            for each in fillers:
-                os.close(each)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         eventually(lambda: not registration.delay)
         waiting.close()
         with Client(server) as late:
