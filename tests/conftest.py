@@ -16,6 +16,7 @@ if os.environ.get("BRIDGE_TEST_PATCHED"):
 import contextlib
 import faulthandler
 import gc
+import site
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from gevent import monkey
 from gevent.util import format_run_info
 from pyftpdlib.ioloop import IOLoop
 
+import bridge.guard
 from bridge import GeventIOLoop
 from bridge.loop.turns import Worker
 
@@ -82,6 +84,26 @@ def pytest_report_header() -> str:
     loop = gevent.get_hub().loop
     patched = "patched" if monkey.is_module_patched("socket") else "unpatched"
     return f"gevent {gevent.__version__} on {type(loop).__module__} ({loop.backend}), {patched}"
+
+
+# --- what tests and the programs that they start find around them
+
+#: Variables of who runs the tests, that mean something to programs: to Python's urllib, curl and wget; to a
+#: service of systemd; to `--http-admin`.
+_FOREIGN = ("XDG_", "NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", bridge.guard.ENVIRONMENT)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home that is empty and can be written to, the usual umask, no proxy, and no systemd."""
+    os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())  # packages may be there
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+    for name in [*os.environ]:
+        if name.startswith(_FOREIGN) or name.lower().endswith("_proxy"):
+            del os.environ[name]
+    umask = os.umask(0o022)
+    yield
+    os.umask(umask)
 
 
 # --- nothing is left behind
