@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import resource
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,15 +68,6 @@ def limited(what: int, limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(what, (before, hard))
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has now; who takes one meanwhile makes them one less."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def in_a_small_network(*command: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import random
 import socket
 import ssl
 import struct
@@ -107,6 +109,30 @@ def serving_in_thread(
         stop.set()
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def held_ports(count: int, *hosts: str, among: range = range(21_000, 32_000)) -> Iterator[int]:
+    """The first of *count* ports in a row that nobody has on *hosts* (127.0.0.1), nor gets by chance.
+
+    They are bound here. A server can bind them, too, and listen, if it sets SO_REUSEADDR, as ours do; who
+    wants any port that is free is not given them. The kernel and passive mode choose higher ones by default.
+    """
+    while True:
+        first = random.randrange(among.start, among.stop - count + 1)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    for host in hosts or ("127.0.0.1",):
+                        sock = stack.enter_context(socket.socket())
+                        sock.bind((host, port))
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else held ones would do
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            yield first
+            return
 
 
 def eventually(condition: Callable[[], object]) -> None:

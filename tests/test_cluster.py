@@ -2,7 +2,7 @@
 
 On the loopback interface every address of 127.0.0.0/8 is there: the balancer is 127.0.0.1, the nodes are
 127.0.1.1 and 127.0.1.2, each client is another 127.0.2.x. What the example calls otherwise is set by the
-variables that its files are made for. Ports are ones that were free on all of these addresses just before.
+variables that its files are made for. Ports are ones that nobody else has on these addresses.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 import pytest
 from cli import LIMIT, _Lines, environment, run
+from support import held_ports
 
 CLUSTER = Path(__file__).parent.parent / "examples" / "cluster"
 BALANCER = "127.0.0.1"
@@ -48,22 +49,6 @@ pytestmark = [
     pytest.mark.program,
     pytest.mark.skipif(bool(MISSING), reason=" and ".join(MISSING)),
 ]
-
-
-def free_ports(count: int) -> int:
-    """The first of *count* ports in a row that are free on the balancer and on the nodes."""
-    while True:
-        # Below those that the kernel gives out by itself.
-        first = random.randrange(22_000, 32_000 - count)
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    for host in (BALANCER, *NODES.values()):
-                        probe = stack.enter_context(socket.socket())
-                        probe.bind((host, port))
-            except OSError:
-                continue
-            return first
 
 
 class Program:
@@ -127,7 +112,7 @@ class Cluster:
         self._stack = stack
         self.files = directory / "files"
         self.files.mkdir()
-        first = free_ports(102)
+        first = stack.enter_context(held_ports(102, BALANCER, *NODES.values()))
         self.port, node_port = first, first + 1
         self.variables = {
             "FTP_ADDRESS": BALANCER,

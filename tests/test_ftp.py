@@ -23,6 +23,7 @@ import pytest
 from cli import LIMIT, Command, certificate, connect, connected, log_in, run
 from pyftpdlib import servers
 from pyftpdlib.handlers import DTPHandler, FTPHandler
+from support import held_ports
 
 import bridge.ftp.command
 from bridge.ftp.options import parser_of
@@ -137,9 +138,7 @@ def test_directory_is_shared_instead_of_the_current_one(tmp_path: Path) -> None:
 
 
 def test_interface_is_the_one_address_it_listens_on(tmp_path: Path) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and does not listen: the port is not another program's
-        port = nobody.getsockname()[1]
+    with held_ports(1, "127.0.0.1", "127.0.0.2") as port:  # so nobody listens on the first of them
         with Command("-i", "127.0.0.2", "-p", str(port), directory=tmp_path) as server:
             assert (server.host, server.port) == ("127.0.0.2", port)
             with pytest.raises(ConnectionRefusedError):

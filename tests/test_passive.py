@@ -5,7 +5,6 @@ from __future__ import annotations
 import ftplib
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import gevent.socket
 import pytest
 from cli import LIMIT, Command, run
-from support import Client, handler_class, started, users
+from support import Client, handler_class, held_ports, started, users
 
 from bridge.ftp import command as ftp
 from bridge.ftp.options import UsageError, parser_of
@@ -193,10 +192,7 @@ def test_fewer_ports_than_sessions_are_mentioned(
 
 def test_a_port_serves_many_transfers_and_one_that_waits(tmp_path: Path) -> None:
     """What that warning says: transfers that run keep nobody from their port, those that wait for it do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with started(handler_class(users(tmp_path), passive_ports=[port])) as server:
+    with held_ports(1) as port, started(handler_class(users(tmp_path), passive_ports=[port])) as server:
         with Client(server) as one, Client(server) as two, Client(server) as three:
             with one.data() as first:
                 one.command("STOR one", "1")

@@ -12,7 +12,6 @@ import grp
 import io
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import pytest
 from cli import LIMIT, Command, certificate, run
+from support import held_ports
 
 import bridge.ftp.command
 from bridge.ftp.options import UsageError, parser_of
@@ -132,14 +132,14 @@ def test_a_group_may_be_named(jail: Path) -> None:
 
 
 def test_a_port_that_is_roots_is_bound_first(jail: Path) -> None:
-    # An address of the loopback network that nobody else uses, so that its port 21 is free.
-    address = f"127.{random.randrange(1, 255)}.{random.randrange(256)}.{random.randrange(1, 255)}"
-    with Command("--user", "nobody", "-i", address, "-p", "21", directory=jail / "pub") as server:
-        assert server.port == 21
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(held_ports(1, among=range(600, 1024)))
+        options = ("--user", "nobody", "-i", "127.0.0.1", "-p", str(port))
+        server = stack.enter_context(Command(*options, directory=jail / "pub"))
+        assert server.port == port
         assert is_nobody(server.pid)
-        with ftplib.FTP(timeout=LIMIT) as client:
-            client.connect(address, 21)
-            assert client.login().startswith("230")
+        with log_in(server) as client:
+            assert client.nlst() == ["hello.txt"]
 
 
 def test_files_that_only_root_may_read_are_read_before(jail: Path) -> None:

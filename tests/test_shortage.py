@@ -27,13 +27,12 @@ from gevent.event import Event
 from scarcity import (
     PORTS,
     connected,
-    free_ports,
     handler_for,
     in_a_small_network,
     lines_of,
     no_descriptors,
 )
-from support import PATIENCE, Client, eventually, started
+from support import PATIENCE, Client, eventually, held_ports, started
 
 from bridge.loop import registration as channels
 
@@ -265,7 +264,6 @@ def test_transfers_do_not_use_up_the_ports(modes: str) -> None:
 
 def test_all_passive_ports_in_use_is_425_and_no_content_is_mixed_up(tmp_path: Path) -> None:
     """50 clients, 10 ports: all ask for a port at the same time, then each as fast as it can."""
-    ports = free_ports(10)
     everybody_asked = Event()
     refused: list[int] = []
     accepted: list[int] = []
@@ -304,9 +302,10 @@ def test_all_passive_ports_in_use_is_425_and_no_content_is_mixed_up(tmp_path: Pa
                 while not transfer(client, command, content):
                     gevent.sleep(0)
 
-    handler = handler_for(tmp_path, passive_ports=ports)
-    with started(handler) as server:
-        gevent.joinall([gevent.spawn(several, server, number) for number in range(50)], raise_error=True)
+    with held_ports(10) as first:
+        ports = range(first, first + 10)
+        with started(handler_for(tmp_path, passive_ports=ports)) as server:
+            gevent.joinall([gevent.spawn(several, server, number) for number in range(50)], raise_error=True)
     assert refused
     assert len(accepted) == 50 * 6
     assert set(accepted) <= set(ports)

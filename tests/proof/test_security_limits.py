@@ -17,7 +17,7 @@ from attacker import CHEAP, HASTY, SECRET, Attacker, until_closed
 from cli import LIMIT, Command
 from conftest import Effort
 from ftps_clients import FTPS
-from scarcity import free_ports
+from support import held_ports
 
 pytestmark = pytest.mark.program
 
@@ -85,10 +85,10 @@ def test_silent_connections_count(tmp_path: Path) -> None:
 
 
 def test_one_address_does_not_get_all_passive_ports(tmp_path: Path) -> None:
-    ports = free_ports(3)
-    low = min(ports)
-    options = ["--passive-ports", f"{low}-{low}", "--max-cons-per-ip", "2"]
-    with Command(*options, directory=tmp_path) as server, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        low = stack.enter_context(held_ports(1))
+        options = ["--passive-ports", f"{low}-{low}", "--max-cons-per-ip", "2"]
+        server = stack.enter_context(Command(*options, directory=tmp_path))
         greedy = stack.enter_context(Attacker(server, source="127.0.0.2"))
         assert greedy.port() == low
         others = [stack.enter_context(Attacker(server, "anonymous", f"127.0.0.{n}")) for n in (2, 3)]
