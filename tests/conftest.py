@@ -30,6 +30,7 @@ import pytest
 from gevent import monkey
 from gevent.util import format_run_info
 from pyftpdlib.ioloop import IOLoop
+from support import short_directory
 
 import bridge.guard
 from bridge import GeventIOLoop
@@ -104,6 +105,13 @@ def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     umask = os.umask(0o022)
     yield
     os.umask(umask)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A new directory for Unix sockets (support.py)."""
+    with short_directory() as path:
+        yield path
 
 
 # --- nothing is left behind

@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import os
 import random
 import socket
 import ssl
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -109,6 +112,17 @@ def serving_in_thread(
         stop.set()
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def short_directory() -> Iterator[Path]:
+    """A new directory whose path is short, for Unix sockets: theirs have 107 bytes at most, on macOS 103.
+
+    pytest's directories have more, if TMPDIR is a deep one or the test has a long name.
+    """
+    deep = len(os.fsencode(tempfile.gettempdir())) > 40
+    with tempfile.TemporaryDirectory(dir="/tmp" if deep else None) as path:
+        yield Path(path)
 
 
 @contextlib.contextmanager

@@ -26,11 +26,12 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import pytest
 from cli import LIMIT, _Lines, environment, run
-from support import held_ports
+from support import held_ports, short_directory
 
 CLUSTER = Path(__file__).parent.parent / "examples" / "cluster"
 BALANCER = "127.0.0.1"
@@ -110,6 +111,7 @@ class Cluster:
     def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
         self._directory = directory
         self._stack = stack
+        sockets = stack.enter_context(short_directory())
         self.files = directory / "files"
         self.files.mkdir()
         first = stack.enter_context(held_ports(102, BALANCER, *NODES.values()))
@@ -123,12 +125,13 @@ class Cluster:
             "NODE1_PORTS": f"{first + 2}-{first + 51}",
             "NODE2_PORTS": f"{first + 52}-{first + 101}",
             "NODE_PORT": str(node_port),
-            "ADMIN_SOCKET": str(directory / "haproxy.sock"),
-            "REDIS": f"unix://{directory}/redis.sock",
+            "ADMIN_SOCKET": str(sockets / "haproxy.sock"),
+            "REDIS": f"unix://{quote(str(sockets))}/redis.sock",
             "FILES": str(self.files),
             "PYTHON": sys.executable,
         }
-        redis = self._start("redis-server", "--port", "0", "--unixsocket", "redis.sock", "--save", "")
+        socket = ("--unixsocket", str(sockets / "redis.sock"))
+        redis = self._start("redis-server", "--port", "0", *socket, "--save", "")
         redis.wait_for("ready to accept connections")
         added = run(
             sys.executable,

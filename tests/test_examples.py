@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -242,9 +243,9 @@ def test_uploads_page_lets_both_servers_finish(uploads: tuple[Program, int, int]
 class RedisSetup:
     """A private Redis server with the user alice, and the example that asks it."""
 
-    def __init__(self, run: Run, directory: Path) -> None:
-        socket = directory / "redis.sock"
-        self.url = f"unix://{socket}"
+    def __init__(self, run: Run, directory: Path, sockets: Path) -> None:
+        socket = sockets / "redis.sock"
+        self.url = f"unix://{quote(str(socket))}"
         self.redis = run("redis-server", "--port", "0", "--unixsocket", str(socket), "--save", "")
         self.redis.expect("ready to accept connections at")
         self.home = directory / "home"
@@ -279,8 +280,8 @@ class RedisSetup:
 
 
 @pytest.fixture
-def setup(run: Run, tmp_path: Path) -> RedisSetup:
-    return RedisSetup(run, tmp_path)
+def setup(run: Run, tmp_path: Path, short_path: Path) -> RedisSetup:
+    return RedisSetup(run, tmp_path, short_path)
 
 
 def start_login(ftp: ftplib.FTP, user: str, password: str) -> None:

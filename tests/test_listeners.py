@@ -54,9 +54,9 @@ class UnixClient(Client):
         return gevent.socket.create_connection(("127.0.0.1", port), PATIENCE)
 
 
-def test_a_unix_socket(tmp_path: Path) -> None:
+def test_a_unix_socket(tmp_path: Path, short_path: Path) -> None:
     """Its data connections go over the loopback interface."""
-    path = tmp_path / "socket"
+    path = short_path / "socket"
     with started_at(path, tmp_path) as server, UnixClient(str(path)) as client:
         assert server.address == str(path)
         assert server.server_host is None
@@ -70,8 +70,8 @@ def test_a_unix_socket(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_unix_socket_that_nobody_listens_on_is_replaced(tmp_path: Path) -> None:
-    path = str(tmp_path / "socket")
+def test_a_unix_socket_that_nobody_listens_on_is_replaced(tmp_path: Path, short_path: Path) -> None:
+    path = str(short_path / "socket")
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
     with started_at(path, tmp_path):
@@ -79,8 +79,8 @@ def test_a_unix_socket_that_nobody_listens_on_is_replaced(tmp_path: Path) -> Non
             GeventFTPServer(path, FTPHandler)
 
 
-def test_a_file_that_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "file"
+def test_a_file_that_is_no_socket_is_not_replaced(short_path: Path) -> None:
+    path = short_path / "file"
     path.write_text("precious")
     with pytest.raises(OSError, match="in use"):
         GeventFTPServer(path, FTPHandler)

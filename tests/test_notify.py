@@ -48,10 +48,9 @@ class Systemd:
 
 
 @pytest.fixture
-def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
-    # (pytest's directories make longer names than a Unix socket may have)
-    with tempfile.TemporaryDirectory() as directory, Systemd(f"{directory}/notify") as systemd:
-        monkeypatch.setenv("NOTIFY_SOCKET", f"{directory}/notify")
+def systemd(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
+    with Systemd(str(short_path / "notify")) as systemd:
+        monkeypatch.setenv("NOTIFY_SOCKET", str(short_path / "notify"))
         yield systemd
 
 
@@ -115,12 +114,15 @@ def test_after_a_chroot_and_as_another_user_too(tmp_path: Path, systemd: Systemd
             assert systemd.message().startswith("STOPPING=1")
 
 
-def test_a_socket_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "none"))
+def test_a_socket_that_is_not_there_is_an_error(
+    tmp_path: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = str(short_path / "none")
+    monkeypatch.setenv("NOTIFY_SOCKET", none)
     result = run(sys.executable, "-m", "bridge.ftp", "-p", "0", directory=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        f"python -m bridge.ftp: error: NOTIFY_SOCKET: cannot connect to '{tmp_path}/none': "
+        f"python -m bridge.ftp: error: NOTIFY_SOCKET: cannot connect to {none!r}: "
         "No such file or directory; unset it outside of systemd\n"
     )
 

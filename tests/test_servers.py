@@ -127,10 +127,10 @@ def test_nothing_is_accepted_before_start(tmp_path: Path) -> None:
             server.stop(0)
 
 
-def test_a_failed_constructor_leaves_nothing_open(tmp_path: Path) -> None:
+def test_a_failed_constructor_leaves_nothing_open(short_path: Path) -> None:
     with pytest.raises(TypeError, match="FTPHandler"):
-        GeventFTPServer(str(tmp_path / "socket"), object)
-    assert list(tmp_path.iterdir()) == []
+        GeventFTPServer(str(short_path / "socket"), object)
+    assert list(short_path.iterdir()) == []
     with pytest.raises(TypeError, match="GeventIOLoop"):
         GeventFTPServer(LOCALHOST, FTPHandler, ioloop=object())  # type: ignore[arg-type]
 

@@ -20,49 +20,49 @@ Serve = Callable[[int, siblings.Answer], None]
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
+def serve(short_path: Path) -> Iterator[Serve]:
     endings: list[Callable[[], None]] = []
-    yield lambda slot, answer: endings.append(siblings.serve(str(tmp_path), slot, answer))
+    yield lambda slot, answer: endings.append(siblings.serve(str(short_path), slot, answer))
     for end in endings:
         end()
 
 
-def test_all_but_oneself_are_asked_and_each_answers(tmp_path: Path, serve: Serve) -> None:
+def test_all_but_oneself_are_asked_and_each_answers(short_path: Path, serve: Serve) -> None:
     for slot in range(3):
         serve(slot, lambda question, slot=slot: [slot, question])  # type: ignore[misc]
-    answers = siblings.ask_all(str(tmp_path), 1, {"ask": "snow ☃"})
+    answers = siblings.ask_all(str(short_path), 1, {"ask": "snow ☃"})
     assert answers == [[0, {"ask": "snow ☃"}], [2, {"ask": "snow ☃"}]]
 
 
-def test_an_answer_may_be_long(tmp_path: Path, serve: Serve) -> None:
+def test_an_answer_may_be_long(short_path: Path, serve: Serve) -> None:
     serve(0, lambda question: "x" * 5_000_000)
-    assert siblings.ask_all(str(tmp_path), 1, {}) == ["x" * 5_000_000]
+    assert siblings.ask_all(str(short_path), 1, {}) == ["x" * 5_000_000]
 
 
-def test_who_has_died_is_not_counted_and_his_successor_is(tmp_path: Path, serve: Serve) -> None:
+def test_who_has_died_is_not_counted_and_his_successor_is(short_path: Path, serve: Serve) -> None:
     dead = socket.socket(socket.AF_UNIX)
-    dead.bind(str(tmp_path / "0.sock"))
+    dead.bind(str(short_path / "0.sock"))
     dead.listen()
     dead.close()
     serve(1, lambda question: "alive")
-    assert siblings.ask_all(str(tmp_path), 2, {}) == ["alive"]
+    assert siblings.ask_all(str(short_path), 2, {}) == ["alive"]
     serve(0, lambda question: "again")
-    assert siblings.ask_all(str(tmp_path), 2, {}) == ["again", "alive"]
+    assert siblings.ask_all(str(short_path), 2, {}) == ["again", "alive"]
 
 
 def test_nobody_waits_for_one_who_does_not_answer(
-    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(siblings, "PATIENCE", 0.05)
     blocked = socket.socket(socket.AF_UNIX)
-    blocked.bind(str(tmp_path / "0.sock"))
+    blocked.bind(str(short_path / "0.sock"))
     blocked.listen()
     serve(1, lambda question: "alive")
     with blocked:
-        assert siblings.ask_all(str(tmp_path), 2, {}) == ["alive"]
+        assert siblings.ask_all(str(short_path), 2, {}) == ["alive"]
 
 
-def test_all_are_asked_at_once(tmp_path: Path, serve: Serve) -> None:
+def test_all_are_asked_at_once(short_path: Path, serve: Serve) -> None:
     """Each waits until the other is asked too."""
     gate, other = Gate(), Gate()
 
@@ -73,30 +73,30 @@ def test_all_are_asked_at_once(tmp_path: Path, serve: Serve) -> None:
 
     serve(0, lambda question: answer(gate, other))
     serve(1, lambda question: answer(other, gate))
-    assert siblings.ask_all(str(tmp_path), 2, {}) == ["met", "met"]
+    assert siblings.ask_all(str(short_path), 2, {}) == ["met", "met"]
 
 
-def test_one_who_fails_costs_his_answer_only(tmp_path: Path, serve: Serve) -> None:
+def test_one_who_fails_costs_his_answer_only(short_path: Path, serve: Serve) -> None:
     def fail(question: dict[str, Any]) -> Any:
         raise ValueError(question)
 
     serve(0, fail)
     serve(1, lambda question: "fine")
-    assert siblings.ask_all(str(tmp_path), 2, {}) == ["fine"]
+    assert siblings.ask_all(str(short_path), 2, {}) == ["fine"]
 
 
-def test_a_directory_that_is_gone_has_nobody(tmp_path: Path) -> None:
-    assert siblings.ask_all(str(tmp_path / "gone"), 0, {}) == []
+def test_a_directory_that_is_gone_has_nobody(short_path: Path) -> None:
+    assert siblings.ask_all(str(short_path / "gone"), 0, {}) == []
 
 
-def test_the_socket_goes_with_its_end(tmp_path: Path) -> None:
-    end = siblings.serve(str(tmp_path), 3, lambda question: "here")
-    assert os.listdir(tmp_path) == ["3.sock"]
+def test_the_socket_goes_with_its_end(short_path: Path) -> None:
+    end = siblings.serve(str(short_path), 3, lambda question: "here")
+    assert os.listdir(short_path) == ["3.sock"]
     end()
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(short_path) == []
 
 
-def test_what_is_no_question_gets_no_answer_and_does_no_harm(tmp_path: Path, serve: Serve) -> None:
+def test_what_is_no_question_gets_no_answer_and_does_no_harm(short_path: Path, serve: Serve) -> None:
     asked: list[Any] = []
 
     def answer(question: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ def test_what_is_no_question_gets_no_answer_and_does_no_harm(tmp_path: Path, ser
     serve(0, answer)
     for rubbish in (b"", b"\n", b"{" * 10_000):
         with gevent.socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(str(tmp_path / "0.sock"))
+            sock.connect(str(short_path / "0.sock"))
             sock.sendall(rubbish)
             sock.shutdown(socket.SHUT_WR)
             try:
@@ -114,5 +114,5 @@ def test_what_is_no_question_gets_no_answer_and_does_no_harm(tmp_path: Path, ser
             except ConnectionResetError:
                 pass  # what it did not read
     assert asked == []
-    assert siblings.ask_all(str(tmp_path), 1, {"ask": 1}) == ["fine"]
+    assert siblings.ask_all(str(short_path), 1, {"ask": 1}) == ["fine"]
     assert json.dumps(asked) == '[{"ask": 1}]'

@@ -24,7 +24,7 @@ from selenium.common.exceptions import (
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
-from support import Client, eventually
+from support import Client, eventually, short_directory
 from webs import Web
 
 pytestmark = pytest.mark.program
@@ -55,12 +55,14 @@ def browser(profile: Path, script: bool = True) -> Iterator[Any]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     if not script:
         options.add_experimental_option("prefs", {"profile.managed_default_content_settings.javascript": 2})
-    driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
-    try:
-        driver.set_page_load_timeout(LIMIT)
-        yield driver
-    finally:
-        driver.quit()
+    with short_directory() as sockets:  # Chromium has one there
+        service = Service(CHROMEDRIVER, env={**os.environ, "TMPDIR": str(sockets)})
+        driver = webdriver.Chrome(options=options, service=service)
+        try:
+            driver.set_page_load_timeout(LIMIT)
+            yield driver
+        finally:
+            driver.quit()
 
 
 def until(driver: Any, condition: Callable[[], Any]) -> Any:
