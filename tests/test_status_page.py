@@ -300,6 +300,18 @@ def test_a_session_is_disconnected_whichever_process_has_it(workers: Command) ->
     assert web.metrics()["bridge_disconnects_total"] == len(clients)
 
 
+def test_processes_find_each_other_though_tmpdir_is_deep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sockets could not have such a path."""
+    deep = tmp_path / ("d" * 108)
+    deep.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    with Command(*ADMIN, "--workers", "2", directory=tmp_path) as server:
+        web = web_of(server)
+        eventually(lambda: web.metrics()['bridge_workers{state="started"}'] == 2)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the state of a process from /proc")
 def test_no_sum_falls_when_a_process_dies_or_is_stopped(workers: Command) -> None:
     web = web_of(workers)

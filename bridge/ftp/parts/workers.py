@@ -22,6 +22,10 @@ from bridge.workers.supervisor import Parent
 
 log = logging.getLogger(__name__)
 
+#: Bytes that the path of the directory for temporary files may have. A Unix socket's path has 107 at most, on
+#: macOS 103; what is added to it, /bridge-xxxxxxxx/NNNN.sock, has 26.
+MAX_TEMPDIR = 75
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module."""
@@ -84,7 +88,8 @@ def run(site: Site, serve: Callable[[Site, Callable[[], None]], None], announce:
     *serve* is called in each child, with what it must call when it is about to serve.
     """
     try:
-        site.runtime_dir = tempfile.mkdtemp(prefix="bridge-")
+        deep = len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPDIR
+        site.runtime_dir = tempfile.mkdtemp(prefix="bridge-", dir="/tmp" if deep else None)
     except OSError as error:  # after a chroot, say
         log.warning("workers cannot ask each other: no directory for their sockets: %s", error)
     pid = os.getpid()
