@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import bridge.guard
 import gevent
 import honesty
 import psutil
@@ -32,7 +33,6 @@ from gevent.util import format_run_info
 from pyftpdlib.ioloop import IOLoop
 from support import short_directory
 
-import bridge.guard
 from bridge import GeventIOLoop
 from bridge.loop.turns import Worker
 

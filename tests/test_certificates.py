@@ -216,19 +216,23 @@ def test_what_is_wrong_is_one_line_with_the_option_and_the_way_out(tmp_path: Pat
         (
             tmp_path / "missing",
             None,
-            f"--certfile: cannot read '{tmp_path}/missing': No such file or directory",
+            f"--certfile: cannot read {str(tmp_path / 'missing')!r}: No such file or directory",
         ),
-        (nothing, None, f"--certfile: no certificate, PEM, in '{nothing}'"),
+        (nothing, None, f"--certfile: no certificate, PEM, in {str(nothing)!r}"),
         (
             authority.path,
             None,
-            f"--certfile: no private key, PEM, in '{authority.path}'; is it in a --keyfile?",
+            f"--certfile: no private key, PEM, in {str(authority.path)!r}; is it in a --keyfile?",
         ),
-        (server, nothing, f"--keyfile: no private key, PEM, in '{nothing}'"),
-        (server, other, f"--keyfile: the key in '{other}' is not that of the certificate in '{server}'"),
+        (server, nothing, f"--keyfile: no private key, PEM, in {str(nothing)!r}"),
+        (
+            server,
+            other,
+            f"--keyfile: the key in {str(other)!r} is not that of the certificate in {str(server)!r}",
+        ),
     ]
     for path, option in ((secret, "--keyfile"), (both, "--certfile")):
-        said = f"{option}: the key in '{path}' has a passphrase, which nobody can type here; "
+        said = f"{option}: the key in {str(path)!r} has a passphrase, which nobody can type here; "
         said += f"take it off: openssl pkey -in {path} -out NEW"
         cases.append((server, path, said) if path is secret else (path, None, said))
     for certfile, keyfile, expected in cases:

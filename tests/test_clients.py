@@ -123,6 +123,11 @@ def curl(*arguments: str) -> str:
     return result.stdout
 
 
+def quoted(path: Path) -> str:
+    """*path* as one word of lftp's commands."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", str(path)) + '"'
+
+
 def lftp(server: Command, commands: str) -> None:
     settings = "set cmd:fail-exit true; set net:max-retries 1; set net:timeout 30; set ftp:charset utf-8;"
     where = ("-p", str(server.port), "127.0.0.1")
@@ -369,14 +374,14 @@ def test_curl_transfers_with_tls(shared: Path, local: Path, tmp_path: Path) -> N
 @needs_lftp
 def test_lftp_mirrors_a_tree_down(tree: Path, local: Path) -> None:
     with Command(directory=tree) as server:
-        lftp(server, f"mirror --parallel=3 / {local}")
+        lftp(server, f"mirror --parallel=3 / {quoted(local)}")
     assert_same_trees(tree, local)
 
 
 @needs_lftp
 def test_lftp_mirrors_a_tree_up(tree: Path, shared: Path) -> None:
     with Command("-w", directory=shared) as server:
-        lftp(server, f"mirror -R --parallel=3 {tree} /")
+        lftp(server, f"mirror -R --parallel=3 {quoted(tree)} /")
     assert_same_trees(tree, shared)
 
 
@@ -388,7 +393,7 @@ def test_lftp_resumes_a_cut_download(shared: Path, local: Path) -> None:
         part = read_and_kill(["lftp", "--norc", "-c", f"cat {url(server, 'file')}"], 5 * MB + 1)
         server.logged(r"RETR .* completed=0 ")
         (local / "file").write_bytes(part)
-        lftp(server, f"get -c file -o {local}/file")
+        lftp(server, f"get -c file -o {quoted(local / 'file')}")
         assert (local / "file").read_bytes() == data
         assert_only_the_rest_was_sent(server, "RETR", BIG - len(part))
 
@@ -403,7 +408,7 @@ def test_lftp_resumes_a_cut_upload(shared: Path, local: Path) -> None:
         server.logged(r"FTP session closed")
         arrived = (shared / "file").stat().st_size
         assert 0 < arrived <= BIG // 2
-        lftp(server, f"put -c {local}/file -o file")
+        lftp(server, f"put -c {quoted(local / 'file')} -o file")
         assert (shared / "file").read_bytes() == data
         assert_only_the_rest_was_sent(server, "STOR", BIG - arrived)
 

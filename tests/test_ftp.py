@@ -10,6 +10,7 @@ import ftplib
 import io
 import os
 import re
+import shlex
 import signal
 import socket
 import ssl
@@ -383,11 +384,13 @@ def test_it_has_every_option_of_pyftpdlib(tmp_path: Path) -> None:
     assert ours - theirs == {"--version", *OURS}
 
 
+#: Any file.
+THIS = shlex.quote(__file__)
 SAMPLES = (
     *("-i ::1", "--interface ::1", "-p 99", "--port 0", "-w", "--write", "-d /tmp", "--directory /tmp"),
     *("-n 192.0.2.1", "--nat-address 192.0.2.1", "-r 8000-8003", "--range 8000-8003", "-D", "--debug"),
     *("-u ada", "--username ada", "-P secret", "--password secret", "--tls", "--tls-control-required"),
-    *(f"--certfile {__file__}", f"--keyfile {__file__}", "--tls-data-required", "--timeout 7", "--timeout 0"),
+    *(f"--certfile {THIS}", f"--keyfile {THIS}", "--tls-data-required", "--timeout 7", "--timeout 0"),
     *("--banner hello", "--permit-foreign-addresses", "--permit-privileged-ports", "--encoding latin-1"),
     *("--use-localtime", "--disable-sendfile", "--max-cons 0", "--max-cons 9", "--max-cons-per-ip 9"),
     "--max-login-attempts 9",
@@ -410,8 +413,8 @@ def parsed(options: Namespace) -> dict[str, object]:
 
 @pytest.mark.parametrize("argv", ["", *SAMPLES])
 def test_an_option_means_what_it_means_to_pyftpdlib(argv: str) -> None:
-    theirs = parsed(pyftpdlib.__main__.parse_args(argv.split()))
-    assert parsed(parser_of(bridge.ftp.command.FEATURES).parse_args(argv.split())) == theirs
+    theirs = parsed(pyftpdlib.__main__.parse_args(shlex.split(argv)))
+    assert parsed(parser_of(bridge.ftp.command.FEATURES).parse_args(shlex.split(argv))) == theirs
 
 
 def test_version_tells_the_version_of_bridge() -> None:

@@ -389,7 +389,7 @@ def test_rotation_while_lines_are_written_loses_and_doubles_none(tmp_path: Path)
         delete_one()
         client.quit()
         server.stop()
-    for path, pattern in ((log, r"DELE \S+/n(\d+) 250$"), (xferlog, r"/n(\d+) a _ d ")):
+    for path, pattern in ((log, r"DELE .+/n(\d+) 250$"), (xferlog, r"/n(\d+) a _ d ")):
         parts = [Path(f"{path}.{turn}").read_text() for turn in range(5)] + [path.read_text()]
         assert all(part.endswith("\n") for part in parts)
         assert [int(each) for each in re.findall(pattern, "".join(parts), re.M)] == [*range(number)]
@@ -496,9 +496,9 @@ def test_a_log_file_that_cannot_grow_is_waited_for_and_loses_nothing(tmp_path: P
         process.rlimit(psutil.RLIMIT_FSIZE, (10, hard))
         for _ in range(100):
             client.cwd("/")
-        server.logged(r"^log file '/.*/log': File too large; ")
+        server.logged(r"^log file .*/log.: File too large; ")
         process.rlimit(psutil.RLIMIT_FSIZE, (hard, hard))
-        server.logged("^log file '/.*/log': works again")
+        server.logged("^log file .*/log.: works again")
         client.cwd("/")
         client.quit()
         server.stop()

@@ -347,7 +347,8 @@ def test_a_call_that_takes_too_long_is_451_and_logged(
     ):
         client.command("EPSV", "229")
         assert client.command("RETR file", "451")
-        assert f"FS.open('{tmp_path}/file', 'rb') took longer than 0.05 s and was given up" in caplog.messages
+        call = f"FS.open({str(tmp_path / 'file')!r}, 'rb')"
+        assert f"{call} took longer than 0.05 s and was given up" in caplog.messages
         client.command("NOOP", "200")
         gate.open()
         eventually(lambda: opened and opened[0].closed)

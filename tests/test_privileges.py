@@ -102,7 +102,7 @@ def test_every_process_is_nobody_and_all_of_a_session_works(
         ) as server,
         log_in(server) as client,
     ):
-        assert server.printed("^Runs as user nobody" + (f", in {jail}$" if chroot else "$"))
+        assert server.printed("^Runs as user nobody" + (f", in {re.escape(str(jail))}$" if chroot else "$"))
         pids = [server.pid, *(child.pid for child in server.children())]
         assert [pid for pid in pids if not is_nobody(pid)] == []
         assert client.nlst() == ["hello.txt"]
@@ -307,30 +307,31 @@ def test_what_cannot_be_is_one_line(jail: Path, options: list[str], expected: st
 
 
 def test_the_directory_must_lie_in_the_chroot(jail: Path) -> None:
-    (jail / "public").mkdir()  # its name begins with that of the chroot
+    pub, public = str(jail / "pub"), str(jail / "public")
+    os.mkdir(public)  # its name begins with that of the chroot
     message = failure(jail, "--user", "nobody", "--chroot", "pub", "-d", "public")
-    assert message == f"--chroot: --directory '{jail}/public' is not in '{jail}/pub'; choose one above it"
+    assert message == f"--chroot: --directory {public!r} is not in {pub!r}; choose one above it"
 
 
 def test_the_homes_of_users_must_lie_in_the_chroot(jail: Path) -> None:
     argv = ["--user", "nobody", "--chroot", str(jail), "-d", str(jail / "pub")]
     site = bridge.ftp.command.site_of(parser_of(bridge.ftp.command.FEATURES).parse_args(argv))
     site.authorizer.add_user("ada", "lovelace", "/")
-    with pytest.raises(UsageError, match=f"^--chroot: the home '/' is not in '{jail}'; choose one above it$"):
+    with pytest.raises(UsageError) as caught:
         site.prepare()
+    assert str(caught.value) == f"--chroot: the home '/' is not in {str(jail)!r}; choose one above it"
 
 
 def test_the_user_must_be_able_to_read_the_directory(jail: Path) -> None:
-    (jail / "closed").mkdir(mode=0o700)
+    closed = str(jail / "closed")
+    os.mkdir(closed, 0o700)
     message = failure(jail, "--user", "nobody", "-d", "closed")
-    assert message == (
-        f"--user: nobody cannot read '{jail}/closed': Permission denied; change its owner or mode"
-    )
+    assert message == (f"--user: nobody cannot read {closed!r}: Permission denied; change its owner or mode")
 
 
 def test_the_user_must_be_able_to_write_to_the_directory(jail: Path) -> None:
     message = failure(jail, "--user", "nobody", "-w")
-    assert message == f"--user: nobody cannot write to '{jail}'; change its owner or mode"
+    assert message == f"--user: nobody cannot write to {str(jail)!r}; change its owner or mode"
 
 
 def test_check_drops_nothing_but_says_what_is_wrong(jail: Path) -> None:

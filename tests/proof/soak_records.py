@@ -11,6 +11,7 @@ from typing import Any
 from soak_client import content, digest
 
 from bridge.filesystems.atomic import is_hidden
+from bridge.logs.records import _word
 
 
 @dataclass
@@ -154,7 +155,7 @@ class Records:
 
     def wrong_lines(self, lines: list[str], home: Path) -> list[str]:
         """Lines of xferlog that say complete of an upload of this round that is not; broken lines."""
-        uploads = {str(home / each.path): each for each in self.of("upload")}
+        uploads = {_word(str(home / each.path)): each for each in self.of("upload")}
         wrong = []
         for line in lines:
             fields = line.split()
@@ -171,11 +172,11 @@ class Records:
 
     def not_logged(self, logged: list[str], home: Path) -> list[str]:
         """Uploads that clients saw completed, and that are not once among those that are *logged* so."""
-        uploads = [str(home / each.path) for each in self.of("upload") if each.completed]
+        uploads = [_word(str(home / each.path)) for each in self.of("upload") if each.completed]
         return [path for path in uploads if logged.count(path) != 1]
 
 
 def logged_uploads(lines: list[str], directory: Path) -> list[str]:
     """The paths in *directory* that lines of xferlog call completely uploaded."""
     uploads = [fields[8] for fields in map(str.split, lines) if (fields[11], fields[17]) == ("i", "c")]
-    return [path for path in uploads if path.startswith(f"{directory}/")]
+    return [path for path in uploads if path.startswith(_word(f"{directory}/"))]
