@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import bridge.guard
+import bridge.web.auth
 import gevent
 import honesty
 import psutil
@@ -91,7 +91,7 @@ def pytest_report_header() -> str:
 
 #: Variables of who runs the tests, that mean something to programs: to Python's urllib, curl and wget; to a
 #: service of systemd; to `--http-admin`.
-_FOREIGN = ("XDG_", "NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", bridge.guard.ENVIRONMENT)
+_FOREIGN = ("XDG_", "NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", bridge.web.auth.ENVIRONMENT)
 
 
 @pytest.fixture(scope="session", autouse=True)
