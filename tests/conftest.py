@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import bridge.web.auth
 import gevent
 import honesty
 import psutil
@@ -33,6 +32,7 @@ from gevent.util import format_run_info
 from pyftpdlib.ioloop import IOLoop
 from support import short_directory
 
+import bridge.web.auth
 from bridge import GeventIOLoop
 from bridge.loop.turns import Worker
 

@@ -20,10 +20,10 @@ from bridge import OffloadedFS
 from bridge.filesystems.streams import Entry
 from bridge.filesystems.threads import Threads, on_one
 from bridge.filesystems.virtual import VirtualFS
-from bridge.session.checksums import BLOCK
+from bridge.session.checksums import HASH_BLOCK
 from bridge.session.hash_commands import HashMixin
 
-CONTENT = os.urandom(BLOCK + 1000)
+CONTENT = os.urandom(HASH_BLOCK + 1000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
 
 

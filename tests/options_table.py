@@ -88,7 +88,7 @@ def updated(readme: str, parser: Parser) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Print the tables, or write them into README.md."""
-    parser = parser_of(bridge.ftp.command.FEATURES)
+    parser = parser_of(bridge.ftp.command.PARTS)
     if argv == ["--update"]:
         README.write_text(updated(README.read_text(), parser))
     elif argv:

@@ -21,10 +21,10 @@ from bridge.users.bans import REFUSAL, BanMixin, Bans, Policy, network_of
 #: `python -m bridge.ftp` that says 530 at once, instead of after 3 s and more.
 HASTY = """
 import sys
-import bridge.ftp.command
+import bridge.ftp
 from pyftpdlib.handlers import FTPHandler
 FTPHandler.auth_failed_timeout = 0.01
-sys.exit(bridge.ftp.command.main())
+sys.exit(bridge.ftp.main())
 """
 
 
@@ -140,7 +140,7 @@ def fail(client: Client) -> str:
 def test_the_reply_takes_twice_as_long_each_time(
     tmp_path: Path, tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bans_module, "LONGEST", 0.05)
+    monkeypatch.setattr(bans_module, "MAX_DELAY", 0.05)
     bans = Bans(Policy(9, 600, 600), tables)
     delays: list[float] = []
 

@@ -21,13 +21,19 @@ from uploading import TLSClient
 
 from bridge import AtomicFS
 from bridge.filesystems import splice as blocks
-from bridge.filesystems.splice import RECEIVING, RECORD, SENDING, Splice, Unspliceable
+from bridge.filesystems.splice import RECEIVING, SENDING, Splice, Unspliceable
+from bridge.loop.registration import TLS_RECORD
 
 needs_splice = pytest.mark.skipif(not hasattr(os, "splice"), reason="os.splice is Linux's")
 
 #: Around the sizes of a TLS record, of pyftpdlib's block and of ours; the largest fills a socket.
 SIZES = sorted(
-    {0, 1, *(base + more for base in (RECORD, 65536, RECEIVING, SENDING) for more in (-1, 0, 1)), 24 << 20}
+    {
+        0,
+        1,
+        *(base + more for base in (TLS_RECORD, 65536, RECEIVING, SENDING) for more in (-1, 0, 1)),
+        24 << 20,
+    }
 )
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.program
 
 def make_parser() -> Parser:
     """The command's parser, and options of kinds that it may get."""
-    parser = parser_of(bridge.ftp.command.FEATURES)
+    parser = parser_of(bridge.ftp.command.PARTS)
     parser.add_argument("--allow", action="append", type=int, default=[1])
     parser.add_argument("--mode", nargs="?", const="plain", choices=("plain", "fancy"))
     parser.add_argument("--size", type=complex, default=1j)  # a default that has no form in TOML

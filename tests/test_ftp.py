@@ -341,8 +341,8 @@ def test_options_do_not_change_the_classes_of_pyftpdlib(pem: str) -> None:
     argv += ["--use-localtime", "--disable-sendfile", "--max-login-attempts", "1"]
     tls = ["--tls", "--certfile", pem, "--tls-control-required", "--tls-data-required"]
     for options in (argv, argv + tls):
-        site = bridge.ftp.command.site_of(
-            parser_of(bridge.ftp.command.FEATURES).parse_args([*options, "-p", "0"])
+        site = bridge.ftp.command.application_of(
+            parser_of(bridge.ftp.command.PARTS).parse_args([*options, "-p", "0"])
         )
         site.bind()
         site.close()
@@ -414,7 +414,7 @@ def parsed(options: Namespace) -> dict[str, object]:
 @pytest.mark.parametrize("argv", ["", *SAMPLES])
 def test_an_option_means_what_it_means_to_pyftpdlib(argv: str) -> None:
     theirs = parsed(pyftpdlib.__main__.parse_args(shlex.split(argv)))
-    assert parsed(parser_of(bridge.ftp.command.FEATURES).parse_args(shlex.split(argv))) == theirs
+    assert parsed(parser_of(bridge.ftp.command.PARTS).parse_args(shlex.split(argv))) == theirs
 
 
 def test_version_tells_the_version_of_bridge() -> None:
@@ -622,7 +622,7 @@ def on_login(self, username):
     time.sleep(60)  # the whole hub: nothing is patched
 
 FTPHandler.on_login = on_login
-sys.exit(bridge.ftp.command.main())
+sys.exit(bridge.ftp.main())
 """
 
 
@@ -648,7 +648,7 @@ import bridge.ftp.command
 # A call of the loop's that no Python code follows until events have been waited for.
 kill = ctypes.CDLL(None)["raise"]
 gevent.get_hub().loop.run_callback(gevent.get_hub().loop.run_callback, kill, signal.SIGTERM)
-sys.exit(bridge.ftp.command.main())
+sys.exit(bridge.ftp.main())
 """
 
 

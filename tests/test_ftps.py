@@ -104,7 +104,7 @@ def test_who_is_refused_hears_it_over_tls(tmp_path: Path) -> None:
 def test_who_is_refused_and_does_not_listen_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bridge.tls.transport.GOODBYE", 0.05)
+    monkeypatch.setattr("bridge.tls.transport.LAST_REPLY_TIMEOUT", 0.05)
     with ftps(tmp_path, server={"max_cons_per_ip": 1}) as server, encrypted(connected(server)) as first:
         assert first.recv(4096).startswith(b"220 ")
         with connected(server) as second:

@@ -22,7 +22,7 @@ from support import Client, eventually, handler_class, serving, started, users
 import bridge
 from bridge import OffloadedFS
 from bridge.filesystems.threads import Threads
-from bridge.session.checksums import BLOCK
+from bridge.session.checksums import HASH_BLOCK
 from bridge.session.hash_commands import HashMixin
 
 
@@ -162,7 +162,7 @@ def test_commands_are_answered_meanwhile(tmp_path: Path, threads: Threads, base:
         slow.gate.arrived()
         client.command("NOOP", "200")
         client.send("STAT")
-        progress = f"211-HASH: SHA-256 of {BLOCK} of {len(CONTENT)} bytes of file"
+        progress = f"211-HASH: SHA-256 of {HASH_BLOCK} of {len(CONTENT)} bytes of file"
         assert client.file.readline().decode().strip() == progress
         assert client.reply() == "211 End of status."
         client.command("XMD5 file", "450")

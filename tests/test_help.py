@@ -24,7 +24,7 @@ from bridge.ftp.options import parser_of
 
 pytestmark = pytest.mark.program
 
-PARSER = parser_of(bridge.ftp.command.FEATURES)
+PARSER = parser_of(bridge.ftp.command.PARTS)
 
 #: Defaults that --help names by a word: a path that depends on where one is, a text with pyftpdlib's version.
 IN_WORDS = {"directory", "banner"}

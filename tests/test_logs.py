@@ -287,7 +287,7 @@ def test_wrong_options_are_errors(tmp_path: Path, options: list[str], expected: 
 #: Runs the command, and says itself where it listens.
 TELLING = """
 import sys
-import bridge.ftp.command, bridge.ftp.application, bridge.logs.writer
+import bridge.ftp, bridge.ftp.application, bridge.logs.writer
 bind = bridge.ftp.application.Site.bind
 def telling(site):
     bind(site)
@@ -298,7 +298,7 @@ bridge.ftp.application.Site.bind = telling
 
 @pytest.mark.program
 def test_quiet_prints_and_logs_nothing_but_what_is_wrong(tmp_path: Path) -> None:
-    program = ["-c", TELLING + "sys.exit(bridge.ftp.command.main())"]
+    program = ["-c", TELLING + "sys.exit(bridge.ftp.main())"]
     with Command("--quiet", directory=tmp_path, program=program) as server:
         with log_in(server) as client:
             client.cwd("/")
@@ -436,7 +436,7 @@ except BlockingIOError:
 os.set_blocking(fd, True)
 os.dup2(fd, 2)
 bridge.logs.writer.LIMIT = 10
-sys.exit(bridge.ftp.command.main(sys.argv[1:]))
+sys.exit(bridge.ftp.main(sys.argv[1:]))
 """
 )
 
@@ -590,7 +590,7 @@ if pid:
 def test_it_works_patched(tmp_path: Path) -> None:
     program = [
         "-c",
-        "from gevent import monkey; monkey.patch_all()\nimport sys, bridge.ftp\nbridge.ftp.command.main()",
+        "from gevent import monkey; monkey.patch_all()\nimport sys, bridge.ftp\nbridge.ftp.main()",
     ]
     with Command("--log-file", "log", directory=tmp_path, program=program) as server:
         with log_in(server) as client:

@@ -19,7 +19,7 @@ from webs import serving_site
 
 from bridge.filesystems.threads import THREADS, Threads
 from bridge.web.counts import FIELDS, LAG, Counts
-from bridge.web.metrics import HISTORY, LISTED, Pulse
+from bridge.web.metrics import HISTORY, LISTED, Sampler
 
 _allocate_lock = monkey.get_original("_thread", "allocate_lock")
 
@@ -258,11 +258,11 @@ def test_a_listener_that_cannot_accept_is_told_and_so_is_the_rest(tmp_path: Path
         eventually(lambda: web.metrics()["bridge_accept_rests_total"] >= 1)  # by a beat
 
 
-# --- the pulse
+# --- the sampler
 
 
 class _Server:
-    """What a Pulse wants to know."""
+    """What a Sampler wants to know."""
 
     class ioloop:
         accept_rests = 0
@@ -272,45 +272,45 @@ class _Server:
 
 
 @pytest.fixture
-def pulse(counts: Counts) -> Iterator[Pulse]:
-    pulse = Pulse(counts, _Server())
-    yield pulse
-    pulse.stop()
+def sampler(counts: Counts) -> Iterator[Sampler]:
+    sampler = Sampler(counts, _Server())
+    yield sampler
+    sampler.stop()
 
 
-def test_the_history_has_a_point_for_each_beat_and_an_end(counts: Counts, pulse: Pulse) -> None:
+def test_the_history_has_a_point_for_each_beat_and_an_end(counts: Counts, sampler: Sampler) -> None:
     counts.add("bytes_upload", 3000)
-    pulse.beat(2.0, 0.25)
+    sampler.beat(2.0, 0.25)
     counts.add("bytes_download", 100)
-    pulse.beat(1.0, 0.0)
-    (first, up, down, sessions, lag), second = pulse.history
+    sampler.beat(1.0, 0.0)
+    (first, up, down, sessions, lag), second = sampler.history
     assert abs(first - time.time()) < 60
     assert (up, down, sessions, lag) == (1500, 0, 4, 0.25)
     assert second[1:3] == (0, 100)
     assert counts["lag:0.5"] == 1
     for _ in range(HISTORY):
-        pulse.beat(1.0, 0.0)
-    assert len(pulse.history) == HISTORY
+        sampler.beat(1.0, 0.0)
+    assert len(sampler.history) == HISTORY
 
 
-def test_rests_of_the_listener_are_counted(counts: Counts, pulse: Pulse) -> None:
+def test_rests_of_the_listener_are_counted(counts: Counts, sampler: Sampler) -> None:
     _Server.ioloop.accept_rests = 3
     try:
-        pulse.beat(1.0, 0.0)
-        pulse.beat(1.0, 0.0)
+        sampler.beat(1.0, 0.0)
+        sampler.beat(1.0, 0.0)
         assert counts["accept_rests"] == 3
     finally:
         _Server.ioloop.accept_rests = 0
 
 
 @pytest.mark.blocks
-def test_the_hub_s_lag_is_measured(counts: Counts, pulse: Pulse) -> None:
+def test_the_hub_s_lag_is_measured(counts: Counts, sampler: Sampler) -> None:
     """In any 1.6 s a beat is due in the first second, and late by the rest."""
-    eventually(lambda: pulse.history)
+    eventually(lambda: sampler.history)
     end = time.monotonic() + 1.6
     while time.monotonic() < end:
         pass
-    eventually(lambda: pulse.history[-1][4] >= 0.5)
+    eventually(lambda: sampler.history[-1][4] >= 0.5)
     assert sum(counts[field] for field in ("lag:1", "lag:5")) == 1
 
 

@@ -138,10 +138,10 @@ from bridge.ftp.parts.systemd import Notifier
 notifier = Notifier(os.environ["NOTIFY_SOCKET"])
 child = os.fork()
 if child == 0:
-    notifier.tell("stopping", str)
+    notifier.notify("stopping", str)
     os._exit(0)
 os.waitpid(child, 0)
-notifier.tell("reloading", str)
+notifier.notify("reloading", str)
 """
 
 
@@ -171,7 +171,7 @@ def test_the_watchdog_is_fed(
 
 BLOCKING = r"""
 import os, socket, sys, time
-import bridge.ftp.command
+import bridge.ftp
 from pyftpdlib.handlers import FTPHandler
 
 told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -184,7 +184,7 @@ def on_login(self, username):
     told.send(b"X_FREE=1")
 
 FTPHandler.on_login = on_login
-sys.exit(bridge.ftp.command.main())
+sys.exit(bridge.ftp.main())
 """
 
 

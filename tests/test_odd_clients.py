@@ -58,7 +58,7 @@ def test_what_is_pipelined_behind_a_failed_login_is_handled(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        bridge.session.pipelining, "SLICE", -1.0
+        bridge.session.pipelining, "COMMANDS_SLICE", -1.0
     )  # others have their turns after each command
     with started(handler_class(users(root))) as server, Client(server, login=False) as client:
         client.reply()
@@ -69,7 +69,7 @@ def test_what_is_pipelined_behind_a_failed_login_is_handled(
 def test_a_reply_that_comes_in_between_does_not_stop_what_is_pipelined(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bridge.session.pipelining, "SLICE", -1.0)
+    monkeypatch.setattr(bridge.session.pipelining, "COMMANDS_SLICE", -1.0)
 
     class Talks(handlers.FTPHandler):
         def ftp_NOOP(self, line: str) -> None:

@@ -21,7 +21,7 @@ from pyftpdlib.filesystems import AbstractedFS, UnixFilesystem
 from support import PATIENCE, Client, eventually, handler_class, started, users
 
 from bridge import OffloadedAuthorizer, OffloadedFS, current_session
-from bridge.filesystems.offload import BLOCK, RUN, OffloadedFile
+from bridge.filesystems.offload import READ_AHEAD, RUN, OffloadedFile
 from bridge.filesystems.threads import Threads
 
 _native_sleep = monkey.get_original("time", "sleep")
@@ -217,7 +217,7 @@ def test_nothing_that_may_block_runs_in_the_hubs_thread(
     filesystem = offloaded(threads, recording.filesystem(base, fileno))
     (tmp_path / "dir").mkdir()
     (tmp_path / "link").symlink_to("dir")
-    content = os.urandom(3 * BLOCK + 1)
+    content = os.urandom(3 * READ_AHEAD + 1)
     with started(handler_class(users(tmp_path), abstracted_fs=filesystem)) as server:
         with Client(server) as client:
             client.command("TYPE I", "200")

@@ -22,7 +22,7 @@ from bridge.proxy.masquerade import MasqueradeMixin
 
 
 def site_of(*options: str) -> Any:
-    return ftp.site_of(parser_of(ftp.FEATURES).parse_args(["-p", "0", *options]))
+    return ftp.application_of(parser_of(ftp.PARTS).parse_args(["-p", "0", *options]))
 
 
 def told(site: Any, client: str) -> Any:

@@ -188,7 +188,7 @@ def on_login(self, username):
     print("cwd:", os.getcwd(), flush=True)
 
 FTPHandler.on_login = on_login
-sys.exit(bridge.ftp.command.main())
+sys.exit(bridge.ftp.main())
 """
 
 
@@ -210,7 +210,7 @@ import bridge.ftp.command
 from pyftpdlib.handlers import FTPHandler
 
 FTPHandler.on_login = lambda self, username: time.sleep(0.5)  # five times --max-blocking-time
-sys.exit(bridge.ftp.command.main())
+sys.exit(bridge.ftp.main())
 """
 
 
@@ -259,9 +259,9 @@ def test_a_signal_still_drains_it(jail: Path) -> None:
 UNPRIVILEGED = f"""
 import os, sys
 import bridge.ftp.command
-bridge.ftp.command.main(["--check"])  # imports what it needs
+bridge.ftp.main(["--check"])  # imports what it needs
 os.setresuid({NOBODY.pw_uid}, {NOBODY.pw_uid}, {NOBODY.pw_uid})
-sys.exit(bridge.ftp.command.main(["-p", "0", "--user", "daemon"]))
+sys.exit(bridge.ftp.main(["-p", "0", "--user", "daemon"]))
 """
 
 
@@ -315,7 +315,7 @@ def test_the_directory_must_lie_in_the_chroot(jail: Path) -> None:
 
 def test_the_homes_of_users_must_lie_in_the_chroot(jail: Path) -> None:
     argv = ["--user", "nobody", "--chroot", str(jail), "-d", str(jail / "pub")]
-    site = bridge.ftp.command.site_of(parser_of(bridge.ftp.command.FEATURES).parse_args(argv))
+    site = bridge.ftp.command.application_of(parser_of(bridge.ftp.command.PARTS).parse_args(argv))
     site.authorizer.add_user("ada", "lovelace", "/")
     with pytest.raises(UsageError) as caught:
         site.prepare()

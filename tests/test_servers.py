@@ -203,7 +203,7 @@ def test_after_a_transfer_the_next_command_ends_the_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until then the client may read what it has been sent."""
-    monkeypatch.setattr("bridge.session.control.LINGER", 1000)
+    monkeypatch.setattr("bridge.session.control.FAREWELL_DELAY", 1000)
     for command, replies in (("STOR more", ["421"]), ("QUIT", ["221"])):
         with started(slow_handler(tmp_path)) as server, Client(server) as client:
             with client.data():
@@ -221,7 +221,7 @@ def test_after_a_transfer_the_next_command_ends_the_session(
 
 
 def test_whose_transfer_has_ended_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bridge.session.control.LINGER", 1000)
+    monkeypatch.setattr("bridge.session.control.FAREWELL_DELAY", 1000)
     with started(slow_handler(tmp_path)) as server, Client(server) as client:
         with client.data():
             client.command("STOR file", "1")

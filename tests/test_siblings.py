@@ -53,7 +53,7 @@ def test_who_has_died_is_not_counted_and_his_successor_is(short_path: Path, serv
 def test_nobody_waits_for_one_who_does_not_answer(
     short_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(siblings, "PATIENCE", 0.05)
+    monkeypatch.setattr(siblings, "ANSWER_TIMEOUT", 0.05)
     blocked = socket.socket(socket.AF_UNIX)
     blocked.bind(str(short_path / "0.sock"))
     blocked.listen()

@@ -88,7 +88,7 @@ def test_one_flag_serves_with_a_certificate_that_is_kept(home: Path, data_home: 
 def test_explicit_is_the_default_and_the_port_stays(home: Path) -> None:
     with Command("--tls", directory=home) as server:
         assert server.printed("^TLS: ").startswith("TLS:      explicit, ")
-    parser = parser_of(bridge.ftp.command.FEATURES)
+    parser = parser_of(bridge.ftp.command.PARTS)
     assert parser.parse_args(["--tls", "implicit"]).port == parser.parse_args([]).port == 2121
 
 

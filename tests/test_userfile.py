@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bridge.users.file import (
     MAX_MEMORY,
-    Decoys,
+    DummyHashes,
     Hash,
     Limits,
     User,
@@ -75,15 +75,15 @@ def test_the_dearest_hash_that_is_taken_can_be_checked() -> None:
 def test_a_decoy_costs_what_a_user_costs_and_stays_the_same() -> None:
     other = Hash(5, 2, 1, CHEAP.salt, CHEAP.digest)
     users = {"ada": User("ada", CHEAP), "bob": User("bob", other), "eve": User("eve", None)}
-    costs = {Decoys(users).hash_for(f"nobody {number}").work() for number in range(64)}
+    costs = {DummyHashes(users).hash_for(f"nobody {number}").work() for number in range(64)}
     assert costs == {CHEAP.work(), other.work()}
-    first, again = (Decoys(dict(users)).hash_for("nobody") for _ in range(2))
+    first, again = (DummyHashes(dict(users)).hash_for("nobody") for _ in range(2))
     assert (first.ln, first.r, first.p, first.salt) == (again.ln, again.r, again.p, again.salt)
     assert not first.matches("password")
 
 
 def test_without_users_a_decoy_costs_what_a_new_hash_does() -> None:
-    assert Decoys({}).hash_for("nobody").work() == Hash(14, 8, 5, b"", b"").work()
+    assert DummyHashes({}).hash_for("nobody").work() == Hash(14, 8, 5, b"", b"").work()
 
 
 # --- lines

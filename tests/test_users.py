@@ -24,7 +24,7 @@ from cli import LIMIT, Command, environment, run
 from bridge.filesystems.jail import ConfinedFS
 from bridge.users import file as userfile
 from bridge.users.authorizer import UserAuthorizer
-from bridge.users.file import Decoys, Hash, User, parse
+from bridge.users.file import DummyHashes, Hash, User, parse
 
 CHEAP = Hash(4, 1, 1, b"0123456789abcdef", hashlib.scrypt(b"p", salt=b"0123456789abcdef", n=16, r=1, p=1))
 
@@ -66,7 +66,7 @@ def test_every_login_takes_one_scrypt_of_the_same_cost(
     authorizer.replace({"ada": User("ada", CHEAP), "eve": User("eve")})
     assert (authorizer._refuses(user, password, None) == "") == (user == "ada" and password == "p")
     assert calls == [(4, 1, 1, len(CHEAP.digest))] * work
-    assert Decoys({}).hash_for("x").ln == userfile.LN
+    assert DummyHashes({}).hash_for("x").ln == userfile.LN
 
 
 @pytest.mark.program

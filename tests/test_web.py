@@ -117,7 +117,7 @@ def test_health_is_200_until_the_server_drains(open_site: Serving) -> None:
 def test_a_client_that_says_nothing_loses_its_place(
     open_site: Serving, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bridge.web.app, "PATIENCE", 0.05)
+    monkeypatch.setattr(bridge.web.app, "REQUEST_TIMEOUT", 0.05)
     _, web = open_site
     for said in (b"", b"GET /healthz", b"GET /healthz HTTP/1.1\r\nHost: x\r\nAccept: "):
         with gevent.socket.create_connection(("127.0.0.1", web.port), PATIENCE) as sock:

@@ -221,7 +221,7 @@ def test_no_connection_is_refused_while_a_worker_is_dead(tmp_path: Path) -> None
 
 CRASHING = r"""
 import sys, os
-import bridge.ftp.command, bridge.ftp.parts.tls
+import bridge.ftp, bridge.ftp.parts.tls
 configure = bridge.ftp.parts.tls.configure
 def crash():
     os._exit(7)
@@ -229,7 +229,7 @@ def configure(site):
     site.services.append(crash)
 bridge.ftp.parts.tls.configure = configure
 print("Serving on 127.0.0.1 port 1", flush=True)
-sys.exit(bridge.ftp.command.main())
+sys.exit(bridge.ftp.main())
 """
 
 
@@ -329,12 +329,12 @@ def test_without_a_free_slot_the_worker_that_retired_first_is_drained(tmp_path: 
 
 RELOADING = r"""
 import os, sys
-import bridge.ftp.command, bridge.ftp.parts.tls
+import bridge.ftp, bridge.ftp.parts.tls
 def configure(site):
     site.reload.append(lambda: os.write(1, b"reloaded\n"))
     site.rotate.append(lambda: os.write(1, b"rotated\n"))
 bridge.ftp.parts.tls.configure = configure
-sys.exit(bridge.ftp.command.main())
+sys.exit(bridge.ftp.main())
 """
 
 
@@ -392,10 +392,10 @@ def test_the_runtime_directory_is_private_and_goes_with_the_parent(
 def test_the_parent_has_no_hub(tmp_path: Path) -> None:
     program: Any = r"""
 import sys
-import bridge.ftp.command
+import bridge.ftp
 from gevent._hub_local import get_hub_if_exists
 try:
-    bridge.ftp.command.main()
+    bridge.ftp.main()
 finally:
     sys.stdout.write(f"hub: {get_hub_if_exists()}\n")
 """

@@ -17,7 +17,7 @@ from support import PATIENCE
 
 import bridge.ftp.command
 from bridge.filesystems.threads import THREADS
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import parser_of
 
 FORM = "application/x-www-form-urlencoded"
@@ -89,12 +89,12 @@ def _labels(labels: dict[str, str]) -> str:
     return f"{{{inner}}}" if inner else ""
 
 
-def site_of(home: Path, *argv: str) -> Site:
+def site_of(home: Path, *argv: str) -> Application:
     """A site as the command makes it, bound to free ports on 127.0.0.1."""
-    options = parser_of(bridge.ftp.command.FEATURES).parse_args(
+    options = parser_of(bridge.ftp.command.PARTS).parse_args(
         ["-i", "127.0.0.1", "-p", "0", "-d", str(home), "--http", "0", *argv]
     )
-    site = bridge.ftp.command.site_of(options)
+    site = bridge.ftp.command.application_of(options)
     site.bind()
     return site
 
@@ -107,7 +107,7 @@ def serving_site(
     site = site_of(home, *argv)
     if runtime_dir is not None:
         site.runtime_dir = str(runtime_dir)
-    port = int(site.told[-1].rpartition("://")[2].split("/")[0].rpartition(":")[2])
+    port = int(site.start_lines[-1].rpartition("://")[2].split("/")[0].rpartition(":")[2])
     endings = []
     try:
         site.server.start()

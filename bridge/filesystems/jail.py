@@ -25,10 +25,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-from bridge.filesystems.local import HomeFS, open_regular
-
-#: Links that may follow each other at the end of a path that is opened: as Linux (MAXSYMLINKS).
-LINKS = 40
+from bridge.filesystems.local import LINKS, HomeFS, open_regular
 
 _DIRECTORY = getattr(os, "O_PATH", 0) | getattr(os, "O_DIRECTORY", 0) | os.O_CLOEXEC
 _ANYTHING = getattr(os, "O_PATH", 0) | os.O_CLOEXEC

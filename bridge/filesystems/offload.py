@@ -39,7 +39,7 @@ _allocate_lock = monkey.get_original("_thread", "allocate_lock")
 
 #: Bytes that one trip through the pool reads ahead or sends: enough for the trip to cost little beside them,
 #: and what each transfer keeps in memory.
-BLOCK = 1 << 20
+READ_AHEAD = 1 << 20
 
 #: Bytes after which an upload's trip is over, though the socket may have more.
 TRIP = 4 * RECEIVING
@@ -194,11 +194,11 @@ for _name in ("ftpnorm", "ftp2fs"):
 class OffloadedFile:
     """A file whose operations run on *threads*; each takes at most *timeout* seconds.
 
-    Reads ahead by BLOCK bytes. What the file has besides (`name`, `mode`, `fileno`) is passed through.
+    Reads ahead by READ_AHEAD bytes. What the file has besides (`name`, `mode`, `fileno`) is passed through.
     """
 
     #: Bytes that a caller had better write at a time (bridge.session.data).
-    block_size = BLOCK
+    block_size = READ_AHEAD
 
     def __init__(self, file: Any, threads: Threads, timeout: float | None) -> None:
         self._file = file
@@ -219,7 +219,7 @@ class OffloadedFile:
     def read(self, size: int = -1) -> bytes:
         """Up to *size* bytes, b"" at the end."""
         if not self._ahead and size != 0:
-            self._ahead = memoryview(self._run(self._file.read, size if size < 0 else max(size, BLOCK)))
+            self._ahead = memoryview(self._run(self._file.read, size if size < 0 else max(size, READ_AHEAD)))
         size = len(self._ahead) if size < 0 else size
         data = bytes(self._ahead[:size])
         self._ahead = self._ahead[size:]

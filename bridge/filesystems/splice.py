@@ -38,9 +38,6 @@ SENDING = 2 << 20
 #: Seconds in which one event may move several pieces that are small: TLS records, lines of a listing.
 BURST = 0.002
 
-#: What TLS makes of more (RFC 8446, 5.1): a read or write is one record.
-RECORD = 16384
-
 #: pyftpdlib's ac_in_buffer_size and ac_out_buffer_size: whoever has set others means them.
 UPSTREAMS = 65536
 

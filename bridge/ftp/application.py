@@ -1,9 +1,10 @@
-"""A site: what one run of the command serves, put together from its options.
+"""The application: what one run of the command serves, put together from its options.
 
-Between command.py, which runs it, and the features (modules with `add_options(parser)` and
-`configure(site)`), which take part by changing it before it is bound:
+Between command.py, which runs it, and the parts (modules with `add_options(parser)` and
+`configure(application)`), which take part by changing it before it is bound:
 
-    options --> Site --> each feature's configure(site) --> site.bind() --> site.server, bound, not started
+    options --> Application --> each part's configure(application) --> application.bind() -->
+    application.server, bound, not started
 
 Options are set on subclasses made for the run, never on pyftpdlib's own classes. Nothing here runs the hub.
 """
@@ -30,12 +31,12 @@ from bridge.server.listeners import systemd_sockets
 from bridge.server.server import GeventFTPServer
 from bridge.server.shared_table import SharedTable
 from bridge.session.control import prepared
-from bridge.session.hardening import StrictMixin
+from bridge.session.hardening import HardeningMixin
 from bridge.session.hash_commands import HashMixin
 from bridge.users.file import READ_ONLY, WRITABLE
 
 
-class Site:
+class Application:
     """What the options ask for. Features change its attributes in `configure`; `bind` makes the server.
 
     Raises UsageError for what cannot be, here and in `bind`.
@@ -63,11 +64,11 @@ class Site:
             "max_cons_per_ip": options.max_cons_per_ip,
         }
         #: The directory's name for the line at start-up; `directory` changes with a chroot.
-        self.place = self.directory
+        self.shown_directory = self.directory
         #: Called once before the server is bound, when `handler` exists; and once when it is bound, before
         #: processes are forked.
-        self.before: list[Callable[[], object]] = []
-        self.after: list[Callable[[], object]] = []
+        self.before_bind: list[Callable[[], object]] = []
+        self.after_bind: list[Callable[[], object]] = []
         #: Called in each serving process, on its hub, before it serves; each returns what ends it again.
         self.services: list[Callable[[], Callable[[], object]]] = []
         #: Called in a greenlet on SIGHUP and on SIGUSR1: take up what has changed, open log files anew.
@@ -75,10 +76,10 @@ class Site:
         self.reload: list[Callable[[], object]] = []
         self.rotate: list[Callable[[], object]] = []
         #: Called by `tell`.
-        self.states: list[Callable[[str], object]] = []
+        self.state_observers: list[Callable[[str], object]] = []
         #: Lines to print at start-up, and what curl needs: the URL's scheme, and options (it asks for the
         #: password).
-        self.told: list[str] = []
+        self.start_lines: list[str] = []
         self.scheme = "ftp"
         self.client_options = f"-u {shlex.quote(options.username)} " if options.username else ""
         #: Worker processes; a directory for their sockets, readable by nobody else (None without workers).
@@ -97,7 +98,7 @@ class Site:
     def prepare(self) -> None:
         """Make `handler` and check all that can be checked without listening."""
         self.handler = self._handler_class()
-        for step in self.before:
+        for step in self.before_bind:
             step()
 
     def bind(self) -> None:
@@ -107,7 +108,7 @@ class Site:
         try:
             if self.options.atomic_uploads:
                 remove_leftovers(self.directory)
-            for step in self.after:
+            for step in self.after_bind:
                 step()
         except BaseException:
             self.server.close_all()
@@ -124,12 +125,12 @@ class Site:
         """Make another `server`, for a worker, on a bound socket, which becomes the server's."""
         self.server = self._server(listener)
 
-    def tell(self, state: str) -> None:
+    def report_state(self, state: str) -> None:
         """Tell whoever started the process that it is now `ready`, `reloading` or `stopping`.
 
         For the main process, the one that was started; also in signal handlers.
         """
-        for step in self.states:
+        for step in self.state_observers:
             step(state)
 
     def _handler_class(self) -> Any:
@@ -144,7 +145,7 @@ class Site:
             attributes["abstracted_fs"] = type("FileSystem", (AtomicFS, attributes["abstracted_fs"]), {})
         bases = (*self.mixins, base)
         if self.options.concurrency in ("multi-thread", "multi-proc"):  # whose servers add nothing to it
-            bases = (StrictMixin, *bases)
+            bases = (HardeningMixin, *bases)
         handler = type("Handler", bases, attributes)
         # Whatever the server: pyftpdlib's handlers take a reset for the end of the file.
         return prepared(handler) if self.options.atomic_uploads else handler

@@ -1,7 +1,7 @@
 """The command's options: names, types, defaults and what --help says of them.
 
 A leaf of the package. The options are those of `python -m pyftpdlib`, by name and meaning, and more; those of
-a feature are added by its module (`add_options`). Defaults are taken from the attribute that an option sets.
+a part are added by its module (`add_options`). Defaults are taken from the attribute that an option sets.
 Every error is one line that names the option, with exit code 2.
 """
 
@@ -159,8 +159,8 @@ class Parser(argparse.ArgumentParser):
         return isinstance(action, (argparse._AppendAction, argparse._ExtendAction))
 
 
-def parser_of(features: Iterable[Any]) -> Parser:
-    """The parser with the options below and those of each of *features*, in groups of their own."""
+def parser_of(parts: Iterable[Any]) -> Parser:
+    """The parser with the options below and those of each of *parts*, in groups of their own."""
     parser = Parser(
         prog="python -m bridge.ftp",
         usage="%(prog)s [OPTION ...]",
@@ -176,8 +176,8 @@ def parser_of(features: Iterable[Any]) -> Parser:
     )
     for add in (_add_main, _add_users, _add_data, _add_limits, _add_files, _add_logs):
         add(parser)
-    for feature in features:
-        feature.add_options(parser)
+    for part in parts:
+        part.add_options(parser)
     return parser
 
 

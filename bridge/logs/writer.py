@@ -40,23 +40,23 @@ LIMIT = 10_000
 
 #: Seconds that lines are collected for, from the first on: to wake the thread for each would cost a session
 #: more than all its lines do.
-LINGER = 0.02
+WRITE_DELAY = 0.02
 
 #: Seconds between two attempts to write after an error.
 RETRY = 1.0
 
 #: Bytes in one write to a file: a batch, where more at once gains nothing (Linux, ext4 and tmpfs).
-BLOCK = 64 * 1024
+WRITE_SIZE = 64 * 1024
 
 #: Who may read a new log file: user names and file names are not everybody's business. As Debian's logrotate.
-MODE = 0o640
+LOG_MODE = 0o640
 
 
 def open_log(path: str) -> int:
     """A descriptor of *path*, to append to. Raises OSError, also for a named pipe that nobody reads."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
     # Not blocking, or a named pipe without a reader would make us wait for one.
-    fd = os.open(path, flags | os.O_NONBLOCK, MODE)
+    fd = os.open(path, flags | os.O_NONBLOCK, LOG_MODE)
     os.set_blocking(fd, True)
     return fd
 
@@ -93,7 +93,7 @@ class Writer:
     # --- from everywhere: does not block
 
     def put(self, line: str) -> None:
-        """Write *line*, which has no line end; some LINGER seconds later, or never if too many wait."""
+        """Write *line*, which has no line end; some WRITE_DELAY seconds later, or never if too many wait."""
         if self._pid != os.getpid():
             self._start()
         if len(self._queue) < LIMIT:
@@ -177,7 +177,7 @@ class Writer:
                     self._bell.acquire()
                 self._idle = False
                 if not self._closing:
-                    _sleep(LINGER)
+                    _sleep(WRITE_DELAY)
                 self._work_off()
         finally:
             self._pid = 0
@@ -208,7 +208,7 @@ class Writer:
                 try:
                     written = os.write(self._fd, block)
                 except BlockingIOError:  # somebody who shares a pipe with us has made it so
-                    _sleep(LINGER)
+                    _sleep(WRITE_DELAY)
                 except OSError as error:
                     self._wait_out(error)
                     if self._closing:
@@ -258,7 +258,7 @@ class Writer:
 def _at_once(fd: int) -> int:
     """Bytes that one write to *fd* puts there in one piece."""
     try:
-        return BLOCK if stat.S_ISREG(os.fstat(fd).st_mode) else select.PIPE_BUF
+        return WRITE_SIZE if stat.S_ISREG(os.fstat(fd).st_mode) else select.PIPE_BUF
     except OSError:
         return select.PIPE_BUF  # stderr is closed
 

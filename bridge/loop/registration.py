@@ -65,8 +65,8 @@ FATAL_FOR_LISTENER = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 BULK = 1 << 20
 
 #: What a full block is: pyftpdlib's, and what TLS makes of it, one record (RFC 8446, 5.1).
-BLOCK = 65536
-RECORD = 16384
+CHUNK = 65536
+TLS_RECORD = 16384
 
 #: Connections that are accepted for one event, at most: gevent's BaseServer.max_accept.
 ACCEPTS = 100
@@ -120,7 +120,7 @@ class Registration:
         self.accepts = 0
         if self.control is not channel:
             if isinstance(channel, DTPHandler) and not getattr(channel, "moves_in_bulk", False):
-                self.block = RECORD if hasattr(channel, "_ssl_accepting") else BLOCK
+                self.block = TLS_RECORD if hasattr(channel, "_ssl_accepting") else CHUNK
         elif self.listens:
             self.control = None  # an accept that is killed must not close its listener
         if ioloop._hub is None or self.listens:

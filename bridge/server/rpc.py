@@ -5,7 +5,8 @@ connection, JSON too:
 
     <runtime_dir>/0.sock   <runtime_dir>/1.sock   ...   one for each slot, the directory is for this user only
 
-Whoever does not answer within PATIENCE seconds, or is gone (its socket's file may be left), is not counted.
+Whoever does not answer within ANSWER_TIMEOUT seconds, or is gone (its socket's file may be left), is not
+counted.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ log = logging.getLogger(__name__)
 Answer = Callable[[dict[str, Any]], Any]
 
 #: Seconds a sibling has for its answer. One that is not blocked needs 0.001 to 0.01.
-PATIENCE = 0.5
+ANSWER_TIMEOUT = 0.5
 
 #: Bytes that a question may have.
-LONGEST = 4096
+MAX_QUESTION = 4096
 
 
 def serve(directory: str, slot: int, answer: Answer) -> Callable[[], None]:
@@ -46,8 +47,8 @@ def serve(directory: str, slot: int, answer: Answer) -> Callable[[], None]:
 
     def _on_connection(sock: Any, _: object) -> None:
         try:
-            with gevent.Timeout(PATIENCE), sock.makefile("rb") as file:
-                question = json.loads(file.readline(LONGEST))
+            with gevent.Timeout(ANSWER_TIMEOUT), sock.makefile("rb") as file:
+                question = json.loads(file.readline(MAX_QUESTION))
             sock.sendall(json.dumps(answer(question)).encode())
         except (OSError, ValueError, gevent.Timeout) as error:
             log.debug("a sibling asked and went: %r", error)  # it has lost its patience, or died
@@ -79,7 +80,7 @@ def ask_all(directory: str, but: int, question: dict[str, Any]) -> list[Any]:
 def _ask(path: str, question: dict[str, Any]) -> Any:
     try:
         with (
-            gevent.Timeout(PATIENCE),
+            gevent.Timeout(ANSWER_TIMEOUT),
             gevent.socket.socket(gevent.socket.AF_UNIX, gevent.socket.SOCK_STREAM) as sock,
         ):
             sock.connect(path)

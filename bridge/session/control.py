@@ -50,11 +50,11 @@ from bridge.filesystems.text import encodable, one_line
 from bridge.filesystems.virtual import VirtualFS
 from bridge.loop.turns import Interrupt, current_session
 from bridge.session.data import LIMITS, REPLY_CODES, TransferMixin, is_unreachable, transferring
-from bridge.session.hardening import StrictMixin
+from bridge.session.hardening import HardeningMixin
 from bridge.session.hooks import Events, EventsMixin
 from bridge.session.pipelining import PipeliningMixin
 from bridge.session.ports import ActiveMixin, PassiveMixin
-from bridge.session.transfer import TRANSFERS, EndingMixin
+from bridge.session.transfer import TRANSFERS, TransferRepliesMixin
 from bridge.session.upload import give_up
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
@@ -62,18 +62,18 @@ from bridge.session.upload import give_up
 # _closed; of SSLConnectionMixin: _error, _do_ssl_shutdown.
 
 #: Seconds a client has to take a last reply before the connection is closed all the same. vsftpd: 5.
-GOODBYE = 5.0
+LAST_REPLY_TIMEOUT = 5.0
 
 #: Seconds between the last 226 and the 421 of a server that stops: when its control connection ends, lftp
 #: throws away what it has not yet read from the data connection.
-LINGER = 1.0
+FAREWELL_DELAY = 1.0
 
 #: For bytes that are not in the session's encoding (PEP 383): a name is the same bytes on the wire and on the
 #: disk, so two names stay two. pyftpdlib's "replace" makes one file of `B\xe4r.txt` and `B\xf6r.txt`.
 UNICODE_ERRORS = "surrogateescape"
 
 
-class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
+class SessionMixin(TransferRepliesMixin, PipeliningMixin, HardeningMixin, EventsMixin):
     """For a handler class: what a session needs. Put it before pyftpdlib's class, and Events behind that.
 
     Instance attributes: `command`, the command that is being handled (str, None between commands), and
@@ -151,10 +151,10 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
             self._close_soon()
 
     def finish_soon(self, reason: str) -> None:
-        """The server stops, and the transfer has ended: 421 to the next command, or after LINGER seconds."""
+        """The server stops, and the transfer has ended: 421 to the next command, or after FAREWELL_DELAY."""
         if not self._closed and not self.farewell:
             self.farewell = reason
-            self.call_later(LINGER, self.finish, reason)
+            self.call_later(FAREWELL_DELAY, self.finish, reason)
 
     def cut(self, reason: str) -> None:
         """The server's time is up: 426, 421, close, whether the client reads it or not."""
@@ -167,7 +167,7 @@ class SessionMixin(EndingMixin, PipeliningMixin, StrictMixin, EventsMixin):
     def _close_soon(self) -> None:
         self.close_when_done()
         if not self._closed:
-            self.call_later(GOODBYE, self.close)
+            self.call_later(LAST_REPLY_TIMEOUT, self.close)
 
     def _let_go(self, end: Callable[[Any], object], file: Any) -> None:
         """End the file of a transfer that has not begun, when the session ends, whatever that meets."""

@@ -26,7 +26,8 @@ from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.log import logger
 from pyftpdlib.utils import is_ssl_sock
 
-from bridge.filesystems.splice import BURST, RECORD, SENDING, UPSTREAMS, Splice, Unspliceable
+from bridge.filesystems.splice import BURST, SENDING, UPSTREAMS, Splice, Unspliceable
+from bridge.loop.registration import TLS_RECORD
 from bridge.loop.turns import Interrupt
 from bridge.session.hooks import StartingMixin
 from bridge.session.upload import ReceivingMixin, is_bare_eof
@@ -243,7 +244,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
         while not self._closed:
             before = self.tot_bytes_received
             super().handle_read_event()
-            if self.tot_bytes_received - before < RECORD or monotonic() > until:
+            if self.tot_bytes_received - before < TLS_RECORD or monotonic() > until:
                 return
 
     def handle_ssl_established(self) -> None:
@@ -306,7 +307,7 @@ class TransferMixin(StartingMixin, ReceivingMixin):
             if type(self).send in _SENDS and type(self.file_obj) in (NoneType, io.BufferedReader):
                 self._in_bursts = True  # others' files may wait, and others' send may count
                 if is_ssl_sock(self.socket):
-                    producer.buffer_size = RECORD
+                    producer.buffer_size = TLS_RECORD
             try:
                 super().push_with_producer(producer)
             except _FileReadWriteError:

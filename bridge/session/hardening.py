@@ -99,7 +99,7 @@ class _Status(Lines):
             raise _Unfinished from error
 
 
-class StrictMixin(_FTPHandler):
+class HardeningMixin(_FTPHandler):
     """For a handler class; put it before pyftpdlib's class."""
 
     ac_in_buffer: bytes

@@ -31,7 +31,7 @@ else:  # a mix-in: what it extends is the class it is put before
 
 #: Seconds of one client's pipelined commands before others have their turns: a tenth of what gevent's monitor
 #: calls a blocked hub (gevent.config.max_blocking_time).
-SLICE = 0.01
+COMMANDS_SLICE = 0.01
 
 #: pyftpdlib's reply to a command that is too long, when it has thrown away what has come of it.
 _TOO_LONG = "500 Command too long."
@@ -88,7 +88,7 @@ class PipeliningMixin(_FTPHandler):
             raise
         if self._leaving is not None or getattr(self, "_ssl_accepting", False):
             self.ac_in_buffer = b""
-        if self.producer_fifo or (self.ac_in_buffer and (self._is_deaf() or self._slice_is_over())):
+        if self.producer_fifo or (self.ac_in_buffer and (self._is_unregistered() or self._slice_is_over())):
             self._hold()
 
     def respond_w_warning(self, resp: str) -> None:
@@ -103,14 +103,14 @@ class PipeliningMixin(_FTPHandler):
         self._held, self.ac_in_buffer = self.ac_in_buffer, b""
         self._watch_for_writing_only()
 
-    def _is_deaf(self) -> bool:
+    def _is_unregistered(self) -> bool:
         """Whether pyftpdlib reads nothing now, as the reply to a failed login comes first."""
         return self._fileno not in self.ioloop.socket_map
 
     def _slice_is_over(self) -> bool:
         now = time.monotonic()
         if not self._slice_ends:  # this was the first of several commands
-            self._slice_ends = now + SLICE
+            self._slice_ends = now + COMMANDS_SLICE
         return now > self._slice_ends
 
     def writable(self) -> bool:
@@ -161,7 +161,7 @@ class PipeliningMixin(_FTPHandler):
         self._watch_for(self.ioloop.WRITE)
 
     def _watch_for(self, events: int) -> None:
-        if not (self._closed or self._is_deaf()) and self._wanted_io_events != events:
+        if not (self._closed or self._is_unregistered()) and self._wanted_io_events != events:
             self._wanted_io_events = events
             self.ioloop.modify(self._fileno, events)
 

@@ -42,7 +42,7 @@ else:  # a mix-in: what it extends is the class it is put before
 TRANSFERS = frozenset({"RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"})
 
 
-class EndingMixin(_FTPHandler):
+class TransferRepliesMixin(_FTPHandler):
     """For a handler class; put it before pyftpdlib's class."""
 
     _in_dtp_queue: Any

@@ -29,7 +29,7 @@ from OpenSSL import SSL, crypto
 from pyftpdlib.log import logger
 
 from bridge.server.errors import ConfigError
-from bridge.session.control import GOODBYE
+from bridge.session.control import LAST_REPLY_TIMEOUT
 from bridge.session.transfer import TRANSFERS
 from bridge.session.upload import is_bare_eof
 from bridge.tls.certificates import Identity
@@ -234,9 +234,9 @@ class ControlMixin(_TLS_FTPHandler):
             super().initiate_send()
 
     def close_when_done(self) -> None:
-        """As pyftpdlib; a client in its handshake has GOODBYE seconds to finish it."""
+        """As pyftpdlib; a client in its handshake has LAST_REPLY_TIMEOUT seconds to finish it."""
         if self._ssl_accepting and not self._closed:
-            self.call_later(GOODBYE, self.close)
+            self.call_later(LAST_REPLY_TIMEOUT, self.close)
         super().close_when_done()
 
     def flush_account(self) -> None:

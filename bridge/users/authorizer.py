@@ -27,7 +27,7 @@ from bridge.filesystems.threads import THREADS, Threads
 from bridge.users.file import (
     ANONYMOUS,
     READ_ONLY,
-    Decoys,
+    DummyHashes,
     Limits,
     User,
     UserFileError,
@@ -66,7 +66,7 @@ class UserAuthorizer(DummyAuthorizer):
         self._directory = directory
         self._permissions = permissions
         self._threads = threads
-        self._current: tuple[dict[str, User], Decoys] = ({}, Decoys({}))
+        self._current: tuple[dict[str, User], DummyHashes] = ({}, DummyHashes({}))
         #: Who was removed, for their sessions.
         self._former: dict[str, User] = {}
 
@@ -79,7 +79,7 @@ class UserAuthorizer(DummyAuthorizer):
         """From now on these are the users."""
         gone = {name: user for name, user in self.users.items() if name not in users}
         self._former = {**self._former, **gone}
-        self._current = (users, Decoys(users))
+        self._current = (users, DummyHashes(users))
 
     def limits_of(self, username: str) -> Limits:
         """What a user may use; anonymous has no limits."""
@@ -135,10 +135,10 @@ class UserAuthorizer(DummyAuthorizer):
         banned = getattr(handler, "login_refused", None)
         if banned is not None and banned():  # while this was in line
             return "banned"
-        users, decoys = self._current
+        users, dummies = self._current
         user = users.get(username)
         stored = None if user is None else user.password
-        matches = (stored or decoys.hash_for(username)).matches(password)
+        matches = (stored or dummies.hash_for(username)).matches(password)
         if user is None or stored is None:
             return "locked"
         if not matches:

@@ -42,7 +42,7 @@ DEFAULT = "10/600/600"
 
 #: Seconds that the answer to a failed login takes at most. The first takes pyftpdlib's `auth_failed_timeout`
 #: (3 s), each further one of the same network twice as long as the one before.
-LONGEST = 30.0
+MAX_DELAY = 30.0
 
 #: Rows of each table: four times the networks that are counted, or banned, at once. 10 failures each take a
 #: core 3 s of scrypt, which is 2000 networks in 600 s with 10 cores, if attackers are many and we busy.
@@ -189,7 +189,7 @@ class BanMixin(_FTPHandler):
         """As pyftpdlib; the answer takes longer each time."""
         count = self.bans.failed(self.remote_ip)
         first = type(self).auth_failed_timeout
-        self.auth_failed_timeout = min(first * 2 ** min(count - 1, 30), max(first, LONGEST))
+        self.auth_failed_timeout = min(first * 2 ** min(count - 1, 30), max(first, MAX_DELAY))
         super().handle_auth_failed(msg, password)
 
 

@@ -302,7 +302,7 @@ def _split(line: str) -> Iterator[str]:
 # --- who is not there
 
 
-class Decoys:
+class DummyHashes:
     """Hashes for users who do not exist, so that refusing them takes what refusing the others does.
 
     Which parameters a name gets depends on the name and on the file, so that it is the same in all processes

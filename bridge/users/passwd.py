@@ -25,7 +25,7 @@ from bridge.users.file import Hash, Limits, User, UserFileError, is_user
 PROG = "python -m bridge.ftp passwd"
 
 #: Of a new file: it has hashes, which are for nobody to guess at.
-MODE = 0o600
+FILE_MODE = 0o600
 
 
 def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
@@ -238,7 +238,7 @@ def _locked(path: str, make: bool) -> tuple[int, bool]:
             if not make:
                 raise
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
             except FileExistsError:
                 continue  # somebody was faster
             fresh = True

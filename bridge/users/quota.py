@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 MEASURED = 60.0
 
 #: Seconds that counting may take; then the login goes on with what is known.
-PATIENCE = 60.0
+COUNT_TIMEOUT = 60.0
 
 FULL_HOUSE = "Too many sessions of this user; try again later."
 
@@ -147,7 +147,7 @@ class Accounts:
         if now - self._measured.get(home, -MEASURED) < MEASURED:
             return
         try:
-            size = THREADS.call(tree_size, home, timeout=PATIENCE, name=f"counting {home}")
+            size = THREADS.call(tree_size, home, timeout=COUNT_TIMEOUT, name=f"counting {home}")
         except OSError as error:
             log.error("cannot count the bytes in %s: %s", home, error)
             return
@@ -164,7 +164,7 @@ def _add(table: SharedTable, key: str, amount: int, slot: int) -> int:
 
 
 @dataclass
-class Upload:
+class CountedUpload:
     """An upload that counts: *old* bytes were at *path* (None: not known yet) before."""
 
     home: str
@@ -186,7 +186,7 @@ class AccountMixin(_FTPHandler):
     #: Whose session is counted.
     _entered: str | None = None
     _home = ""
-    _upload: Upload | None = None
+    _upload: CountedUpload | None = None
     #: Bytes of the file that the command at hand may remove.
     _removes = 0
 
@@ -244,7 +244,7 @@ class AccountMixin(_FTPHandler):
             old = 0 if self.command == "STOU" else file_size(os.path.realpath(path))
             freed = max(old - self._restart_position, 0) if self.command == "STOR" else 0
             known = None if self.command == "STOU" else path
-            self._upload = Upload(self._home, quota, known, old, freed)
+            self._upload = CountedUpload(self._home, quota, known, old, freed)
         mine = quota - self.accounts.used(self._home) + freed
         return mine if left is None else min(mine, left)
 
@@ -319,7 +319,7 @@ class AccountDataMixin(_DTPHandler):
     def enable_receiving(self, type: str, cmd: str) -> None:
         """As pyftpdlib."""
         super().enable_receiving(type, cmd)
-        upload: Upload | None = self.cmd_channel._upload
+        upload: CountedUpload | None = self.cmd_channel._upload
         if upload is None:
             return
         accounts, convert = self.cmd_channel.accounts, self._data_wrapper

@@ -36,7 +36,7 @@ CONNECTIONS = 64
 
 #: Seconds for one request from its first byte, or the wait for it, to the last of the answer. Prometheus
 #: gives a scrape 10.
-PATIENCE = 20.0
+REQUEST_TIMEOUT = 20.0
 
 #: Seconds that requests have to end with the server, and that an idle connection of a browser delays its end.
 GRACE = 0.3
@@ -133,9 +133,9 @@ class Web:
         self.counts.take(slot)
         self.counts.add("starts")
         self._reporter = Reporter(slot, self.counts, server, self._shown)
-        endings = [self._reporter.close]
+        cleanups = [self._reporter.close]
         if rpc_directory is not None:
-            endings.append(rpc.serve(rpc_directory, slot, self._answer))
+            cleanups.append(rpc.serve(rpc_directory, slot, self._answer))
         wsgi_server = WSGIServer(
             gevent.socket.socket(fileno=os.dup(self._listener.fileno())),
             self,
@@ -147,10 +147,10 @@ class Web:
             environ={"SERVER_NAME": "bridge", "wsgi.multiprocess": self._slots > 1},
         )
         wsgi_server.start()
-        endings.append(lambda: wsgi_server.stop(GRACE))
+        cleanups.append(lambda: wsgi_server.stop(GRACE))
 
         def end() -> None:
-            for each in reversed(endings):
+            for each in reversed(cleanups):
                 each()
             self._listener.close()
             self.counts.close()
@@ -268,8 +268,8 @@ class _Handler(WSGIHandler):
     ignored_socket_errors = (*WSGIHandler.ignored_socket_errors, _TIMED_OUT)
 
     def handle_one_request(self) -> Any:
-        """As gevent's, in at most PATIENCE seconds."""
-        with gevent.Timeout(PATIENCE, TimeoutError(self._TIMED_OUT)):
+        """As gevent's, in at most REQUEST_TIMEOUT seconds."""
+        with gevent.Timeout(REQUEST_TIMEOUT, TimeoutError(self._TIMED_OUT)):
             return super().handle_one_request()
 
     def _handle_client_error(self, ex: BaseException) -> Any:

@@ -66,7 +66,7 @@ class ReportingMixin(_Server):
 # --- runs in a greenlet of its own
 
 
-class Pulse:
+class Sampler:
     """Beats once a second: the hub's lag, the rates, a point of the history. Owns a greenlet.
 
     The lag is how late the hub comes to a timer that is due, which is what every client then waits for.
@@ -127,19 +127,19 @@ class Reporter:
         self._counts = counts
         self._server = server
         self._shown = shown
-        self._pulse = Pulse(counts, server)
+        self._sampler = Sampler(counts, server)
         self._process = _this_process()
         self._resources: dict[str, float | None] = {"descriptors": None, "memory": None, "cpu": 0.0}
 
     def close(self) -> None:
-        """End the pulse."""
-        self._pulse.stop()
+        """End the sampler."""
+        self._sampler.stop()
 
     def gauges(self) -> dict[str, Any]:
         """What is so now."""
         server, counts = self._server, self._counts
         live = list(counts.live.values())
-        lags = [point[4] for point in islice(reversed(self._pulse.history), 60)]
+        lags = [point[4] for point in islice(reversed(self._sampler.history), 60)]
         return {
             "slot": self.slot,
             "pid": os.getpid(),
@@ -180,7 +180,7 @@ class Reporter:
         handlers = self._server.session_handlers(self._counts.live, LISTED)
         return {
             **self.gauges(),
-            "history": list(self._pulse.history),
+            "history": list(self._sampler.history),
             "listed": [self._session(handler) for handler in handlers],
         }
 

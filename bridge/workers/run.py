@@ -34,7 +34,7 @@ from bridge.workers.supervisor import (
     Forked,
     Parent,
     Supervisor,
-    Worker,
+    WorkerProcess,
 )
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Link:
     started after the parent was configured, so that what can be read anew is to be read.
     """
 
-    def __init__(self, worker: Worker, listener: socket.socket) -> None:
+    def __init__(self, worker: WorkerProcess, listener: socket.socket) -> None:
         self.slot = worker.slot
         self.listener = listener
         self.is_successor = bool(worker.generation)
@@ -119,7 +119,7 @@ class Link:
         self._channel.send(READY)
 
 
-def _link(listeners: Sequence[Any], worker: Worker) -> Link:
+def _link(listeners: Sequence[Any], worker: WorkerProcess) -> Link:
     """Make this process a worker: its signals, its random numbers, its sockets."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))  # nothing is served yet

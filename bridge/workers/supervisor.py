@@ -55,7 +55,7 @@ HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIG
 # --- runs in the parent: no gevent
 
 
-class Worker:
+class WorkerProcess:
     """A child process, as its parent sees it. Owns the parent's end of its socket."""
 
     def __init__(self, place: _Place, slot: int, generation: int) -> None:
@@ -90,7 +90,7 @@ class _Place:
     def __init__(self, number: int, listener: Any) -> None:
         self.number = number
         self.listener = listener
-        self.worker: Worker | None = None
+        self.worker: WorkerProcess | None = None
         self.due = 0.0
         self.delay = FIRST
         self.stale = False
@@ -99,7 +99,7 @@ class _Place:
 class Forked(BaseException):
     """This process is the worker: leave the parent's frames."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: WorkerProcess) -> None:
         self.worker = worker
 
 
@@ -129,8 +129,8 @@ class Supervisor:
         self._slots = slots
         self._announced = False
         self._places = [_Place(number, each) for number, each in enumerate(listeners)]
-        self._workers: dict[int, Worker] = {}
-        self._successor: Worker | None = None
+        self._workers: dict[int, WorkerProcess] = {}
+        self._successor: WorkerProcess | None = None
         self._generation = 0
         self._reloads = False
         self._failed = 0
@@ -185,7 +185,7 @@ class Supervisor:
                 else:
                     self._heard(key.data)
 
-    def _heard(self, worker: Worker) -> None:
+    def _heard(self, worker: WorkerProcess) -> None:
         worker.talks = False
         try:
             said = worker.channel.recv(1)
@@ -264,10 +264,10 @@ class Supervisor:
             log.info("worker %d stops: its slot is needed", oldest.pid)
         return None
 
-    def _fork(self, place: _Place, slot: int) -> Worker:
+    def _fork(self, place: _Place, slot: int) -> WorkerProcess:
         if get_hub_if_exists() is not None:
             raise RuntimeError("the hub is used before the fork of workers: do it in the worker")
-        worker = Worker(place, slot, self._generation)
+        worker = WorkerProcess(place, slot, self._generation)
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         pid = os.fork()
         if pid == 0:
@@ -286,7 +286,7 @@ class Supervisor:
             if pid:
                 self._bury(worker, status)
 
-    def _bury(self, worker: Worker, status: int) -> None:
+    def _bury(self, worker: WorkerProcess, status: int) -> None:
         del self._workers[worker.pid]
         worker.channel.close()
         self._parent.forget(worker.slot)

@@ -17,7 +17,7 @@ from redis_authorizer import RedisAuthorizer, connect
 
 from bridge import OffloadedAuthorizer
 from bridge.ftp import command as ftp
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
 
 
@@ -26,22 +26,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redis", metavar="URL", required=True, help="where the users are: redis://HOST")
 
 
-def configure(site: Site) -> None:
+def configure(application: Application) -> None:
     """Ask Redis about users, each time one logs in. A connection is made then, not here.
 
     On threads: workers are forked before there is a hub, so nothing is patched for Redis' client.
     """
     try:
-        site.authorizer = OffloadedAuthorizer(RedisAuthorizer(connect(site.options.redis)))
+        application.authorizer = OffloadedAuthorizer(RedisAuthorizer(connect(application.options.redis)))
     except ValueError as error:
         raise UsageError(f"--redis: {error}") from None
-    site.users = "users in Redis"
-    site.client_options = "-u NAME:PASSWORD "
+    application.users = "users in Redis"
+    application.client_options = "-u NAME:PASSWORD "
 
 
 def main() -> int:
     """Run the server; return the exit code."""
-    ftp.FEATURES = (*ftp.FEATURES, SimpleNamespace(add_options=add_options, configure=configure))
+    ftp.PARTS = (*ftp.PARTS, SimpleNamespace(add_options=add_options, configure=configure))
     return ftp.main()
 
 

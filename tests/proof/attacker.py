@@ -25,10 +25,10 @@ CHEAP = Hash(4, 1, 1, b"0123456789abcdef", hashlib.scrypt(b"p", salt=b"012345678
 #: `python -c HASTY` is the command, whose failed logins wait for 10 ms instead of 3 s.
 HASTY = """
 import sys
-import bridge.ftp.command
+import bridge.ftp
 from pyftpdlib.handlers import FTPHandler
 FTPHandler.auth_failed_timeout = 0.01
-sys.exit(bridge.ftp.command.main())
+sys.exit(bridge.ftp.main())
 """
 
 

@@ -61,7 +61,9 @@ def served(
     argv = ["-i", "127.0.0.1", "-p", "0", "-d", str(directory), "--users", str(users), "--ban", "0"]
     argv += ["--log-file", str(result.log_file), "--xferlog", str(directory / "xferlog")]
     argv += ["--tls", "--certfile", str(Authority(directory).issue("server")), "--max-login-attempts", "4"]
-    site = bridge.ftp.command.site_of(parser_of(bridge.ftp.command.FEATURES).parse_args([*argv, *options]))
+    site = bridge.ftp.command.application_of(
+        parser_of(bridge.ftp.command.PARTS).parse_args([*argv, *options])
+    )
     site.attributes["auth_failed_timeout"] = 0.0
     change(site)
     with site.logs.installed():

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from pyftpdlib.ioloop import AsyncChat
 
-import bridge.ftp.command
+import bridge.ftp
 
 
 def tell(*_: Any) -> None:
@@ -33,4 +33,4 @@ def tell(*_: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR2, tell)
-    sys.exit(bridge.ftp.command.main(sys.argv[1:]))
+    sys.exit(bridge.ftp.main(sys.argv[1:]))

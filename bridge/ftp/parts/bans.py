@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError, argument
 from bridge.server.shared_table import SharedTable
 from bridge.users.bans import DEFAULT, ROWS, BanMixin, Bans, BanServerMixin, Policy
@@ -23,22 +23,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configure(site: Site) -> None:
+def configure(application: Application) -> None:
     """Count failed logins if the options say so. Raises UsageError."""
-    rule: Policy = site.options.ban
-    if site.options.concurrency in ("multi-thread", "multi-proc"):
+    rule: Policy = application.options.ban
+    if application.options.concurrency in ("multi-thread", "multi-proc"):
         if rule.failures and rule != Policy.parse(DEFAULT):
             raise UsageError("--ban needs --concurrency async or pre-fork")
         return
     if not rule.failures:
         return
-    bans = Bans(rule, lambda: (site.shared["failures"], site.shared["bans"], site.slot))
+    bans = Bans(rule, lambda: (application.shared["failures"], application.shared["bans"], application.slot))
 
     def prepare() -> None:
         for name in ("failures", "bans"):
-            site.shared[name] = SharedTable(site.slots, rows=ROWS)
+            application.shared[name] = SharedTable(application.slots, rows=ROWS)
 
-    site.before.append(prepare)
-    site.services.append(bans.start)
-    site.mixins.append(type("BanMixin", (BanMixin,), {"bans": bans}))
-    site.server_mixins.append(type("BanServerMixin", (BanServerMixin,), {"bans": bans}))
+    application.before_bind.append(prepare)
+    application.services.append(bans.start)
+    application.mixins.append(type("BanMixin", (BanMixin,), {"bans": bans}))
+    application.server_mixins.append(type("BanServerMixin", (BanServerMixin,), {"bans": bans}))

@@ -1,7 +1,7 @@
 """Options from a file: --config, --check and --print-config.
 
-A feature of the command (ftp/application.py), but one that acts before there is a site: ftp/command.py lets
-`parse` read argv. The file is TOML; its keys are the long options without their dashes, and it has no
+A part of the command (ftp/application.py), but one that acts before there is the application: ftp/command.py
+lets `parse` read argv. The file is TOML; its keys are the long options without their dashes, and it has no
 sections:
 
     directory = "/srv/ftp"
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import Parser, suggestion
 
 if sys.version_info >= (3, 11):
@@ -53,8 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configure(site: Site) -> None:
-    """Nothing: options are read before there is a site."""
+def configure(application: Application) -> None:
+    """Nothing: options are read before there is the application."""
 
 
 def parse(make_parser: Callable[[], Parser], argv: Sequence[str] | None) -> argparse.Namespace:

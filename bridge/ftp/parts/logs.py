@@ -9,7 +9,7 @@ import argparse
 import logging
 import os
 
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
 from bridge.logs.output import Logs
 from bridge.logs.records import RecordsMixin, XferlogMixin
@@ -31,9 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configure(site: Site) -> None:
-    """Take part in what is logged; `site.logs` is where it goes. Raises UsageError."""
-    options = site.options
+def configure(application: Application) -> None:
+    """Take part in what is logged; `application.logs` is where it goes. Raises UsageError."""
+    options = application.options
     if options.quiet and options.debug:
         raise UsageError("--quiet and --debug: only one of them")
     files = [os.path.realpath(path) for path in (options.log_file, options.xferlog) if path]
@@ -41,9 +41,9 @@ def configure(site: Site) -> None:
         raise UsageError("--xferlog and --log-file need a file each")
     level = logging.DEBUG if options.debug else logging.WARNING if options.quiet else logging.INFO
     logs = Logs(options.log_file, options.xferlog, options.log_format == "json", level)
-    site.logs = logs
-    site.mixins.append(RecordsMixin)
+    application.logs = logs
+    application.mixins.append(RecordsMixin)
     if options.xferlog:
-        site.mixins.append(XferlogMixin)
-        site.attributes["xferlog"] = logs.xferlog
-    site.rotate.append(logs.reopen)
+        application.mixins.append(XferlogMixin)
+        application.attributes["xferlog"] = logs.xferlog
+    application.rotate.append(logs.reopen)

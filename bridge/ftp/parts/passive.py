@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import socket
 
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError, port_range
 from bridge.proxy.masquerade import MasqueradeMixin
 
@@ -40,20 +40,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configure(site: Site) -> None:
+def configure(application: Application) -> None:
     """Tell addresses and take ports as the options say. Raises UsageError."""
-    _configure_addresses(site)
-    if site.options.range:
-        _check_ports(site.options)
+    _configure_addresses(application)
+    if application.options.range:
+        _check_ports(application.options)
 
 
 # --- addresses
 
 
-def _configure_addresses(site: Site) -> None:
+def _configure_addresses(application: Application) -> None:
     everybody: list[str | None] = []
     networks: dict[ipaddress.IPv4Network, str | None] = {}
-    for value in site.options.masquerade or ():
+    for value in application.options.masquerade or ():
         network_text, equals, address_text = value.rpartition("=")
         address = None if address_text == OWN else _address(address_text)
         if not equals:
@@ -63,13 +63,13 @@ def _configure_addresses(site: Site) -> None:
         if network in networks:
             raise UsageError(f"--masquerade: {network} is given twice")
         networks[network] = address
-    if len(everybody) + bool(site.options.nat_address) > 1:
+    if len(everybody) + bool(application.options.nat_address) > 1:
         raise UsageError("--masquerade: one address without a network, or else --nat-address")
     if everybody:
-        site.attributes["masquerade_address"] = everybody[0]
+        application.attributes["masquerade_address"] = everybody[0]
     if networks:
-        site.mixins.append(MasqueradeMixin)
-        site.attributes["masquerade_networks"] = tuple(
+        application.mixins.append(MasqueradeMixin)
+        application.attributes["masquerade_networks"] = tuple(
             sorted(networks.items(), key=lambda item: item[0].prefixlen, reverse=True)
         )
 

@@ -1,6 +1,6 @@
 """An ordinary user after port 21: --user and --chroot.
 
-A feature of the command (ftp/application.py). It acts when the server is bound, before anything is forked or
+A part of the command (ftp/application.py). It acts when the server is bound, before anything is forked or
 served:
 
     bound --> load what is needed later --> chroot --> setgroups, setgid, setuid --> try to become root again
@@ -13,7 +13,7 @@ for instance. So
 
 - no Python module is imported from a file any more; those that are used late are imported before,
 - the user database, the time zone and the codecs are loaded before,
-- log files, certificates and lists of users stay as they were opened or read. What a feature opens anew on
+- log files, certificates and lists of users stay as they were opened or read. What a part opens anew on
   SIGHUP or SIGUSR1 has to lie in the chroot, under its old name. /proc and DNS are gone: names of hosts are
   looked up at the start only, and gevent's monitor does not watch the memory.
 """
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from importlib.machinery import BuiltinImporter, FrozenImporter
 from typing import Any
 
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
 
 #: What gevent, pyftpdlib and the standard library import at their first use: for MFMT's dates, names of
@@ -62,9 +62,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configure(site: Site) -> None:
+def configure(application: Application) -> None:
     """Drop privileges after the bind, if the options say so. Raises UsageError."""
-    options = site.options
+    options = application.options
     if options.chroot is not None and options.user is None:
         raise UsageError("--chroot needs --user: root can leave a chroot")
     if options.chroot is not None and options.users is not None:
@@ -74,16 +74,16 @@ def configure(site: Site) -> None:
     identity = _identity(options.user)
     if os.geteuid() != 0:
         raise UsageError("--user: only root can become another user; start as root or leave --user out")
-    root = None if options.chroot is None else _root(options.chroot, site.directory)
+    root = None if options.chroot is None else _root(options.chroot, application.directory)
     if root is not None:
-        site.before.append(lambda: _check_homes(site, root))
-    site.after.append(lambda: _drop(site, identity, root))
+        application.before_bind.append(lambda: _check_homes(application, root))
+    application.after_bind.append(lambda: _drop(application, identity, root))
     where = "" if root is None else f", in {root}"
-    site.told.append(f"Runs as user {identity.user}{where}")
+    application.start_lines.append(f"Runs as user {identity.user}{where}")
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunAs:
     """Who to become."""
 
     user: str
@@ -92,7 +92,7 @@ class Identity:
     groups: list[int]
 
 
-def _identity(text: str) -> Identity:
+def _identity(text: str) -> RunAs:
     name, colon, group = text.partition(":")
     try:
         user = pwd.getpwnam(name)
@@ -101,12 +101,12 @@ def _identity(text: str) -> Identity:
     if user.pw_uid == 0:
         raise UsageError(f"--user: {name} is root; name an ordinary user or leave --user out")
     if not colon:
-        return Identity(name, user.pw_uid, user.pw_gid, os.getgrouplist(name, user.pw_gid))
+        return RunAs(name, user.pw_uid, user.pw_gid, os.getgrouplist(name, user.pw_gid))
     try:
         gid = grp.getgrnam(group).gr_gid
     except (KeyError, ValueError):
         raise UsageError(f"--user: there is no group {group!r} in the group database") from None
-    return Identity(name, user.pw_uid, gid, [gid])
+    return RunAs(name, user.pw_uid, gid, [gid])
 
 
 def _root(path: str, directory: str) -> str:
@@ -118,13 +118,13 @@ def _root(path: str, directory: str) -> str:
     return root
 
 
-def _users(site: Site) -> list[dict[str, Any]]:
+def _users(application: Application) -> list[dict[str, Any]]:
     """Each user's entry in pyftpdlib's DummyAuthorizer; other authorizers keep homes as they like."""
-    return list(getattr(site.authorizer, "user_table", {}).values())
+    return list(getattr(application.authorizer, "user_table", {}).values())
 
 
-def _check_homes(site: Site, root: str) -> None:
-    for user in _users(site):
+def _check_homes(application: Application, root: str) -> None:
+    for user in _users(application):
         if os.path.commonpath([root, user["home"]]) != root:
             raise UsageError(f"--chroot: the home {user['home']!r} is not in {root!r}; choose one above it")
 
@@ -137,11 +137,11 @@ def _inside(path: str, root: str) -> str:
 # --- runs in the main process, when the server is bound
 
 
-def _drop(site: Site, identity: Identity, root: str | None) -> None:
+def _drop(application: Application, identity: RunAs, root: str | None) -> None:
     _load()
     try:
         if root is not None:
-            _chroot(site, root)
+            _chroot(application, root)
         os.setgroups(identity.groups)
         os.setresgid(identity.gid, identity.gid, identity.gid)
         os.setresuid(identity.uid, identity.uid, identity.uid)
@@ -151,7 +151,7 @@ def _drop(site: Site, identity: Identity, root: str | None) -> None:
             "for --chroot CAP_SYS_CHROOT"
         ) from None
     _check_that_it_is_for_good(identity)
-    _check_access(site, identity)
+    _check_access(application, identity)
 
 
 def _load() -> None:
@@ -167,9 +167,9 @@ def _load() -> None:
         grp.getgrgid(0)
 
 
-def _chroot(site: Site, root: str) -> None:
-    site.directory = _inside(site.directory, root)
-    for user in _users(site):
+def _chroot(application: Application, root: str) -> None:
+    application.directory = _inside(application.directory, root)
+    for user in _users(application):
         user["home"] = _inside(user["home"], root)
     os.chroot(root)
     os.chdir("/")
@@ -178,7 +178,7 @@ def _chroot(site: Site, root: str) -> None:
         sys.modules["psutil"] = None  # type: ignore[assignment]  # "not installed": gevent does without
 
 
-def _check_that_it_is_for_good(identity: Identity) -> None:
+def _check_that_it_is_for_good(identity: RunAs) -> None:
     """Raise RuntimeError if root can be had again."""
     ids = (os.getresuid(), os.getresgid(), sorted(os.getgroups()))
     if ids != ((identity.uid,) * 3, (identity.gid,) * 3, sorted(identity.groups)):
@@ -192,13 +192,12 @@ def _check_that_it_is_for_good(identity: Identity) -> None:
         raise RuntimeError(f"--user: {regain.__name__}({argument}) was allowed")
 
 
-def _check_access(site: Site, identity: Identity) -> None:
+def _check_access(application: Application, identity: RunAs) -> None:
     """Raise UsageError if the directory, which root could use, is closed to the user."""
+    what = f"--user: {identity.user} cannot %s {application.shown_directory!r}%s; change its owner or mode"
     try:
-        os.listdir(site.directory)
+        os.listdir(application.directory)
     except OSError as error:
-        raise UsageError(
-            f"--user: {identity.user} cannot read {site.place!r}: {error.strerror}; change its owner or mode"
-        ) from None
-    if site.options.write and not os.access(site.directory, os.W_OK | os.X_OK):
-        raise UsageError(f"--user: {identity.user} cannot write to {site.place!r}; change its owner or mode")
+        raise UsageError(what % ("read", f": {error.strerror}")) from None
+    if application.options.write and not os.access(application.directory, os.W_OK | os.X_OK):
+        raise UsageError(what % ("write to", ""))

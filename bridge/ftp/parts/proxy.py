@@ -1,7 +1,7 @@
 """Behind a load balancer, for the command: --proxy-protocol.
 
-A feature of the command (ftp/application.py). It checks the option and puts proxy/protocol.py, which does the
-work, into the site: before the limits of the server and the origin check of data connections.
+A part of the command (ftp/application.py). It checks the option and puts proxy/protocol.py, which does the
+work, into the application: before the limits of the server and the origin check of data connections.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import ipaddress
 from typing import Any
 
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
 
 
@@ -41,12 +41,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configure(site: Site) -> None:
+def configure(application: Application) -> None:
     """Take clients' addresses from PROXY headers if the options say so. Raises UsageError."""
-    trusted = site.options.proxy_protocol
+    trusted = application.options.proxy_protocol
     if trusted is None:
         return
-    if site.options.concurrency not in ("async", "pre-fork"):
+    if application.options.concurrency not in ("async", "pre-fork"):
         raise UsageError("--proxy-protocol needs --concurrency async or pre-fork")
     try:
         from bridge.proxy.protocol import ProxiedPassiveDTP, ProxyServerMixin, QuietChecksMixin
@@ -54,7 +54,7 @@ def configure(site: Site) -> None:
         raise UsageError(
             "--proxy-protocol needs proxy-protocol: pip install 'pyftpdlib-gevent[proxy]'"
         ) from None
-    site.server_mixins.insert(0, ProxyServerMixin)  # what others see of an address is what was told
-    site.server_attributes["proxy_networks"] = trusted
-    site.mixins.insert(0, QuietChecksMixin)  # before what logs
-    site.attributes["passive_dtp"] = ProxiedPassiveDTP
+    application.server_mixins.insert(0, ProxyServerMixin)  # what others see of an address is what was told
+    application.server_attributes["proxy_networks"] = trusted
+    application.mixins.insert(0, QuietChecksMixin)  # before what logs
+    application.attributes["passive_dtp"] = ProxiedPassiveDTP

@@ -1,6 +1,6 @@
 """Tells systemd how the process is: READY, RELOADING, STOPPING, and that it lives.
 
-A feature of the command (ftp/application.py) without options: it does something if NOTIFY_SOCKET is set, as
+A part of the command (ftp/application.py) without options: it does something if NOTIFY_SOCKET is set, as
 in a unit with Type=notify. The protocol is sd_notify(3)'s, a datagram for each change; it never blocks, and a
 systemd that does not listen is no error. The watchdog (WatchdogSec=) is fed by a timer on the hub, so a hub
 that is blocked gets the process restarted. Of several processes each feeds it, which needs NotifyAccess=all,
@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import gevent
 
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
 from bridge.ftp.start_lines import summary
 
@@ -31,11 +31,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """None: systemd says what it wants in environment variables."""
 
 
-def configure(site: Site) -> None:
+def configure(application: Application) -> None:
     """Tell systemd if it wants to know. Raises UsageError if its socket cannot be used."""
     path = os.environ.pop("NOTIFY_SOCKET", "")  # not meant for child processes either
     interval = _feeding_interval()
-    if not path or site.options.check:
+    if not path or application.options.check:
         return
     try:
         notifier = Notifier(path)
@@ -43,12 +43,12 @@ def configure(site: Site) -> None:
         raise UsageError(
             f"NOTIFY_SOCKET: cannot connect to {path!r}: {error.strerror}; unset it outside of systemd"
         ) from None
-    site.states.append(lambda state: notifier.tell(state, lambda: summary(site)))
-    # Around what other features do on SIGHUP: this one is the last.
-    site.reload.insert(0, lambda: site.tell("reloading"))
-    site.reload.append(lambda: site.tell("ready"))
+    application.state_observers.append(lambda state: notifier.notify(state, lambda: summary(application)))
+    # Around what other parts do on SIGHUP: this one is the last.
+    application.reload.insert(0, lambda: application.report_state("reloading"))
+    application.reload.append(lambda: application.report_state("ready"))
     if interval is not None:
-        site.services.append(lambda: notifier.feed(interval))
+        application.services.append(lambda: notifier.feed(interval))
 
 
 def _feeding_interval() -> float | None:
@@ -76,7 +76,7 @@ class Notifier:
             self._socket.close()
             raise
 
-    def tell(self, state: str, status: Callable[[], str]) -> None:
+    def notify(self, state: str, status: Callable[[], str]) -> None:
         """Send `ready` (with the *status* that systemctl shows), `reloading` or `stopping`.
 
         Nothing in a child process.

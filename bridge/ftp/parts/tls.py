@@ -1,6 +1,6 @@
 """FTPS for the command: --tls and what belongs to it.
 
-A feature of the command (ftp/application.py). It reads the certificate (tls/certificates.py), gives it to the
+A part of the command (ftp/application.py). It reads the certificate (tls/certificates.py), gives it to the
 contexts of which handshakes are made (tls/transport.py), and does so again on SIGHUP: sessions go on with
 what they have, new handshakes get what is new, and what cannot be used leaves all as it was. Both modules are
 imported when TLS is wanted, for they need pyOpenSSL.
@@ -13,7 +13,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from bridge.filesystems.threads import THREADS
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import DEFAULT_PORT, UsageError
 from bridge.server.errors import ConfigError
 
@@ -81,9 +81,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configure(site: Site) -> None:
+def configure(application: Application) -> None:
     """Serve FTPS if the options say so. Raises UsageError."""
-    options = site.options
+    options = application.options
     if not options.tls:
         for name in _NEED_TLS:
             if getattr(options, name):
@@ -98,10 +98,10 @@ def configure(site: Site) -> None:
     except ImportError:
         raise UsageError("--tls needs pyOpenSSL: pip install 'pyftpdlib-gevent[tls]'") from None
     contexts = Contexts(require_reuse=options.require_session_reuse, tls_max=options.tls_max)
-    site.base = TLS_FTPHandler
-    site.mixins.append(ControlMixin)
-    site.data_mixins.append(DataMixin)
-    site.attributes |= {
+    application.base = TLS_FTPHandler
+    application.mixins.append(ControlMixin)
+    application.data_mixins.append(DataMixin)
+    application.attributes |= {
         "contexts": contexts,
         "certfile": options.certfile,
         "keyfile": options.keyfile,
@@ -109,24 +109,24 @@ def configure(site: Site) -> None:
         "tls_control_required": options.tls_control_required or options.tls_required in ("control", "both"),
         "tls_data_required": options.tls_data_required or options.tls_required in ("data", "both"),
     }
-    site.scheme = "ftps" if options.tls == IMPLICIT else "ftp"
-    site.client_options += "-k " if options.tls == IMPLICIT else "--ssl-reqd -k "
+    application.scheme = "ftps" if options.tls == IMPLICIT else "ftp"
+    application.client_options += "-k " if options.tls == IMPLICIT else "--ssl-reqd -k "
     if options.client_ca:
-        site.client_options += "-E CERTIFICATE "
-    site.before.append(lambda: _begin(site, contexts))
-    site.reload.append(lambda: _renew(options, contexts))
+        application.client_options += "-E CERTIFICATE "
+    application.before_bind.append(lambda: _begin(application, contexts))
+    application.reload.append(lambda: _renew(options, contexts))
 
 
 # --- runs before there is a hub
 
 
-def _begin(site: Site, contexts: Contexts) -> None:
+def _begin(application: Application, contexts: Contexts) -> None:
     """Raises ConfigError."""
-    options = site.options
+    options = application.options
     identity, client_ca = _read(options)
     contexts.take(identity, client_ca)
     kind = "" if options.certfile else "self-signed "
-    site.told += [
+    application.start_lines += [
         f"TLS:      {options.tls}, {kind}certificate {identity.path}",
         f"SHA-256:  {identity.fingerprint}",
     ]

@@ -16,7 +16,7 @@ from pyftpdlib.authorizers import DummyAuthorizer
 from bridge.filesystems.atomic import remove_leftovers
 from bridge.filesystems.jail import ConfinedFS, available
 from bridge.filesystems.local import HomeFS
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
 from bridge.server.shared_table import SharedTable
 from bridge.users.authorizer import UserAuthorizer, WatchedFile, reason_for
@@ -43,12 +43,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configure(site: Site) -> None:
+def configure(application: Application) -> None:
     """Let in whom the options say. Raises UsageError."""
-    options = site.options
+    options = application.options
     if options.users is None:
         if options.anonymous and options.username:
-            _add_anonymous(site, site.authorizer)
+            _add_anonymous(application, application.authorizer)
         return
     if options.username:
         raise UsageError(
@@ -59,54 +59,57 @@ def configure(site: Site) -> None:
         raise UsageError("--users needs --concurrency async or pre-fork")
     if not available():
         raise UsageError("--users needs Linux with /proc, or users could leave their homes")
-    authorizer = UserAuthorizer(site.directory, WRITABLE if options.write else READ_ONLY)
+    authorizer = UserAuthorizer(application.directory, WRITABLE if options.write else READ_ONLY)
     file = WatchedFile(os.path.abspath(options.users), authorizer)
     try:
         file.load()
     except (OSError, UserFileError) as error:
         raise UsageError(f"--users: {reason_for(options.users, error)}") from None
-    site.authorizer = authorizer
+    application.authorizer = authorizer
     count = len(authorizer.users)
-    site.users = f"{count} {'user' if count == 1 else 'users'} of {options.users}"
-    site.access = "as the file says"
-    site.client_options = "-u USER:PASSWORD " + site.client_options
-    site.reload.append(file.reload)
-    site.services.append(file.start)
+    application.users = f"{count} {'user' if count == 1 else 'users'} of {options.users}"
+    application.access = "as the file says"
+    application.client_options = "-u USER:PASSWORD " + application.client_options
+    application.reload.append(file.reload)
+    application.services.append(file.start)
     if options.anonymous:
-        _add_anonymous(site, authorizer)
-    _account(site, authorizer)
-    below = site.attributes["abstracted_fs"]
-    site.attributes["abstracted_fs"] = ConfinedFS if below is HomeFS else _over(below)
+        _add_anonymous(application, authorizer)
+    _account(application, authorizer)
+    below = application.attributes["abstracted_fs"]
+    application.attributes["abstracted_fs"] = ConfinedFS if below is HomeFS else _over(below)
     if options.atomic_uploads:
-        site.before.append(lambda: _remove_leftovers(site.directory, authorizer))
+        application.before_bind.append(lambda: _remove_leftovers(application.directory, authorizer))
 
 
-def _account(site: Site, authorizer: UserAuthorizer) -> None:
+def _account(application: Application, authorizer: UserAuthorizer) -> None:
     accounts = Accounts(
-        authorizer.limits_of, lambda: (site.shared["user sessions"], site.shared["user bytes"], site.slot)
+        authorizer.limits_of,
+        lambda: (application.shared["user sessions"], application.shared["user bytes"], application.slot),
     )
 
     def prepare() -> None:
         rows = max(ROWS, ROWS_FOR_EACH * len(authorizer.users))
         for name in ("user sessions", "user bytes"):
-            site.shared[name] = SharedTable(site.slots, rows)
+            application.shared[name] = SharedTable(application.slots, rows)
 
-    site.before.append(prepare)
-    site.mixins.append(type("AccountMixin", (AccountMixin,), {"accounts": accounts}))
-    site.data_mixins.append(AccountDataMixin)
-    site.server_mixins.append(AccountServerMixin)
+    application.before_bind.append(prepare)
+    application.mixins.append(type("AccountMixin", (AccountMixin,), {"accounts": accounts}))
+    application.data_mixins.append(AccountDataMixin)
+    application.server_mixins.append(AccountServerMixin)
 
 
 def _over(file_system: Any) -> Any:
     return type("FileSystem", (file_system, ConfinedFS), {})
 
 
-def _add_anonymous(site: Site, authorizer: DummyAuthorizer) -> None:
+def _add_anonymous(application: Application, authorizer: DummyAuthorizer) -> None:
     with warnings.catch_warnings():
         # that anonymous may write, which is what --write asked for
         warnings.simplefilter("ignore", RuntimeWarning)
-        authorizer.add_anonymous(site.directory, perm=WRITABLE if site.options.write else READ_ONLY)
-    site.users += " and anonymous"
+        authorizer.add_anonymous(
+            application.directory, perm=WRITABLE if application.options.write else READ_ONLY
+        )
+    application.users += " and anonymous"
 
 
 def _remove_leftovers(directory: str, authorizer: UserAuthorizer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
 from bridge.web.app import Web
 from bridge.web.auth import ENVIRONMENT, Guard, administrator
@@ -49,9 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configure(site: Site) -> None:
+def configure(application: Application) -> None:
     """Serve metrics and the page if the options say so. Raises UsageError."""
-    options = site.options
+    options = application.options
     if options.http is None:
         if options.http_admin is not None:
             raise UsageError("--http-admin needs --http")
@@ -62,9 +62,13 @@ def configure(site: Site) -> None:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"--http needs {name}: pip install 'pyftpdlib-gevent[metrics]'")
     web = Web(options.http, Guard(administrator(options.http_admin)))
-    site.attributes["counts"] = web.counts
-    site.mixins.append(CountingMixin)
-    site.server_mixins.append(ReportingMixin)
+    application.attributes["counts"] = web.counts
+    application.mixins.append(CountingMixin)
+    application.server_mixins.append(ReportingMixin)
     if not options.check:
-        site.before.append(lambda: site.told.append(web.bind(site.slots)))
-    site.services.append(lambda: web.start(site.server, site.directory, site.slot, site.runtime_dir))
+        application.before_bind.append(lambda: application.start_lines.append(web.bind(application.slots)))
+    application.services.append(
+        lambda: web.start(
+            application.server, application.directory, application.slot, application.runtime_dir
+        )
+    )

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 
-from bridge.ftp.application import Site
+from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
 from bridge.server import signals
 from bridge.workers import limits
@@ -49,9 +49,9 @@ def _number(value: str) -> int:
     return number
 
 
-def configure(site: Site) -> None:
+def configure(application: Application) -> None:
     """Prepare for several processes if the options say so. Raises UsageError."""
-    options = site.options
+    options = application.options
     number = options.workers
     if options.concurrency in ("multi-thread", "multi-proc"):
         if number != 1:
@@ -61,15 +61,21 @@ def configure(site: Site) -> None:
         if number > 1:
             raise UsageError("--concurrency pre-fork is --workers 0: leave it out to choose their number")
         number = 0
-    site.workers = number or cores()
-    if site.workers == 1:
+    application.workers = number or cores()
+    if application.workers == 1:
         return
-    site.slots = 2 * site.workers  # one that retires, and its successor
-    site.server_mixins += [SharedPort, limits.SharedLimits, limits.Retiring]
-    site.server_attributes["session_table"] = staticmethod(lambda: (site.shared["sessions"], site.slot))
-    site.told.append(f"Workers:  {site.workers}")
-    site.before.append(lambda: site.shared.update(sessions=limits.table(site.slots, options.max_cons)))
-    site.after.append(lambda: site.listeners.extend(listeners_of(site.server.socket, site.workers)))
+    application.slots = 2 * application.workers  # one that retires, and its successor
+    application.server_mixins += [SharedPort, limits.SharedLimits, limits.Retiring]
+    application.server_attributes["session_table"] = staticmethod(
+        lambda: (application.shared["sessions"], application.slot)
+    )
+    application.start_lines.append(f"Workers:  {application.workers}")
+    application.before_bind.append(
+        lambda: application.shared.update(sessions=limits.table(application.slots, options.max_cons))
+    )
+    application.after_bind.append(
+        lambda: application.listeners.extend(listeners_of(application.server.socket, application.workers))
+    )
 
 
 def cores() -> int:
@@ -82,42 +88,50 @@ def cores() -> int:
 # --- runs in the parent, then in each worker
 
 
-def run(site: Site, serve: Callable[[Site, Callable[[], None]], None], announce: Callable[[], None]) -> int:
-    """Serve in `site.workers` children; in the parent return the exit code when all of them are gone.
+def run(
+    application: Application,
+    serve: Callable[[Application, Callable[[], None]], None],
+    announce: Callable[[], None],
+) -> int:
+    """Serve in `application.workers` children; in the parent return the exit code when all of them are gone.
 
     *serve* is called in each child, with what it must call when it is about to serve.
     """
     try:
         deep = len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPDIR
-        site.runtime_dir = tempfile.mkdtemp(prefix="bridge-", dir="/tmp" if deep else None)
+        application.runtime_dir = tempfile.mkdtemp(prefix="bridge-", dir="/tmp" if deep else None)
     except OSError as error:  # after a chroot, say
         log.warning("workers cannot ask each other: no directory for their sockets: %s", error)
     pid = os.getpid()
 
     def forget(slot: int) -> None:
-        for table in site.shared.values():
+        for table in application.shared.values():
             table.clear_column(slot)
 
-    parent = Parent(announce, site.tell, lambda: signals.run_all(site.rotate), forget)
+    parent = Parent(announce, application.report_state, lambda: signals.run_all(application.rotate), forget)
     try:
-        return run_workers(site.listeners, site.slots, parent, lambda link: _work(site, link, serve))
+        return run_workers(
+            application.listeners, application.slots, parent, lambda link: _work(application, link, serve)
+        )
     finally:
         if os.getpid() == pid:
-            if site.runtime_dir is not None:
-                shutil.rmtree(site.runtime_dir, ignore_errors=True)
-            for listener in site.listeners[1:]:
+            if application.runtime_dir is not None:
+                shutil.rmtree(application.runtime_dir, ignore_errors=True)
+            for listener in application.listeners[1:]:
                 listener.close()
 
 
-def _work(site: Site, link: Link, serve: Callable[[Site, Callable[[], None]], None]) -> None:
-    site.slot = link.slot
-    reload, site.reload = site.reload, []
-    rotate, site.rotate = site.rotate, []
-    site.serve_on(link.listener)
+def _work(
+    application: Application, link: Link, serve: Callable[[Application, Callable[[], None]], None]
+) -> None:
+    application.slot = link.slot
+    reload, application.reload = application.reload, []
+    rotate, application.rotate = application.rotate, []
+    application.serve_on(link.listener)
 
     def announce() -> None:
         if link.is_successor:  # what was forked is as old as the parent
             signals.run_all(reload)
-        link.serve(site.server, lambda: signals.run_all(rotate))
+        link.serve(application.server, lambda: signals.run_all(rotate))
 
-    serve(site, announce)
+    serve(application, announce)
