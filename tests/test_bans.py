@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ftplib
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import LIMIT, Command, run
+from cli import LIMIT, Command
 from pyftpdlib.authorizers import DummyAuthorizer
 from support import Client, eventually, handler_class, started, users
 
@@ -244,12 +243,3 @@ def test_the_option(text: str, expected: Policy) -> None:
 def test_the_option_when_it_makes_no_sense(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no FAILURES|has to be more than 0"):
         Policy.parse(text)
-
-
-@pytest.mark.program
-def test_with_pyftpdlib_s_own_servers_it_is_refused(tmp_path: Path) -> None:
-    result = run(sys.executable, "-m", "bridge.ftp", "--ban", "5/60", "--concurrency", "multi-thread")
-    assert (result.returncode, result.stderr.splitlines()[-1]) == (
-        2,
-        "python -m bridge.ftp: error: --ban needs --concurrency async or pre-fork",
-    )

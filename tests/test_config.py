@@ -170,7 +170,7 @@ SAMPLES = {
     "--stop-timeout": "0.5",
     "--banner": 'a "banner" with \\, ü and \x7f and \n',
     "-d": "/tmp",
-    "--concurrency": "multi-proc",
+    "--concurrency": "pre-fork",
     "--encoding": "latin-1",
     "-u": "ada",
     "--nat-address": "192.0.2.1",

@@ -119,11 +119,11 @@ def test_an_error_is_one_line_that_names_the_option(tmp_path: Path, argv: str, e
 
 def test_a_choice_that_is_none_suggests_the_nearest(tmp_path: Path) -> None:
     """The list of choices is written with quotes, or without from Python 3.12 on."""
-    result = run(sys.executable, "-m", "bridge.ftp", "--concurrency", "multi-prog", directory=tmp_path)
+    result = run(sys.executable, "-m", "bridge.ftp", "--concurrency", "pre-frok", directory=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(
-        r"python -m bridge.ftp: error: argument --concurrency: invalid choice: 'multi-prog' "
-        r"\(choose from .*\); did you mean multi-proc\?\n",
+        r"python -m bridge.ftp: error: argument --concurrency: invalid choice: 'pre-frok' "
+        r"\(choose from .*\); did you mean pre-fork\?\n",
         result.stderr,
     )
 

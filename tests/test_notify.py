@@ -61,7 +61,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 # --- a life
 
 
-@pytest.mark.parametrize("concurrency", ["async", "pre-fork", "multi-thread", "multi-proc"])
+@pytest.mark.parametrize("concurrency", ["async", "pre-fork"])
 def test_ready_and_stopping(tmp_path: Path, systemd: Systemd, concurrency: str) -> None:
     with Command("--concurrency", concurrency, directory=tmp_path) as server:
         assert systemd.message() == (
@@ -154,7 +154,7 @@ def test_a_child_process_tells_nothing(systemd: Systemd) -> None:
 # --- the watchdog
 
 
-@pytest.mark.parametrize("concurrency", ["async", "pre-fork", "multi-thread", "multi-proc"])
+@pytest.mark.parametrize("concurrency", ["async", "pre-fork"])
 def test_the_watchdog_is_fed(
     tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch, concurrency: str
 ) -> None:

@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"),
 ]
 
-CONCURRENCY = ("async", "pre-fork", "multi-thread", "multi-proc")
+CONCURRENCY = ("async", "pre-fork")
 NOBODY = pwd.getpwnam("nobody")
 GROUPS = sorted(os.getgrouplist("nobody", NOBODY.pw_gid))
 

@@ -597,10 +597,6 @@ def test_the_command_takes_addresses_from_the_balancer(
     [
         (["--proxy-protocol", "10.0.0.1/8"], "--proxy-protocol: 10.0.0.1/8 has host bits set; write"),
         (["--proxy-protocol", "balancer"], "--proxy-protocol: 'balancer' does not appear to be an IPv4"),
-        (
-            ["--proxy-protocol", "10.0.0.0/8", "--concurrency", "multi-proc"],
-            "--proxy-protocol needs --concurrency async or pre-fork",
-        ),
     ],
 )
 def test_wrong_options_are_one_line(tmp_path: Path, options: list[str], message: str) -> None:

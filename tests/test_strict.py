@@ -55,8 +55,8 @@ def handlers(server: Any) -> list[Any]:
 
 
 @pytest.mark.program
-@pytest.mark.parametrize("concurrency", ["async", "pre-fork", "multi-thread", "multi-proc"])
-def test_the_command_is_strict_whatever_the_concurrency(home: Path, concurrency: str) -> None:
+@pytest.mark.parametrize("concurrency", ["async", "pre-fork"])
+def test_the_command_is_strict_in_worker_processes_too(home: Path, concurrency: str) -> None:
     with Command("--concurrency", concurrency, directory=home) as server, log_in(server) as client:
         with pytest.raises(ftplib.error_perm, match=r"^501 A command has no NUL"):
             client.sendcmd("SIZE a\0b")

@@ -529,10 +529,9 @@ def test_implicit_sessions_are_encrypted_throughout(home: Path) -> None:
         client.quit()
 
 
-@pytest.mark.parametrize("concurrency", ["pre-fork", "multi-thread", "multi-proc"])
 @BOTH_MODES
-def test_it_works_whatever_the_concurrency(home: Path, mode: str, concurrency: str) -> None:
-    options = ["--require-session-reuse", "--concurrency", concurrency]
+def test_worker_processes_resume_sessions(home: Path, mode: str) -> None:
+    options = ["--require-session-reuse", "--workers", "2"]
     with Command("-w", "--tls", mode, *options, directory=home) as server:
         client: Any = FTPS(server, implicit=mode == "implicit")
         store(client)

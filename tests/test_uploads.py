@@ -361,7 +361,7 @@ def test_what_a_crash_leaves_is_removed_at_the_next_start(tmp_path: Path) -> Non
 
 
 @pytest.mark.program
-@pytest.mark.parametrize("concurrency", [*CONCURRENCY, "multi-thread", "multi-proc"])
+@pytest.mark.parametrize("concurrency", CONCURRENCY)
 @pytest.mark.parametrize("name", CLIENTS)
 @pytest.mark.parametrize("complete", [True, False], ids=["complete", "killed"])
 def test_real_clients(tmp_path: Path, name: str, concurrency: str, complete: bool) -> None:

@@ -263,7 +263,6 @@ def test_a_wrong_file_is_an_error_at_start(tmp_path: Path) -> None:
         (OPTIONS, "--users: users, line 2: no hash"),
         (("--users", "nowhere"), "--users: cannot read 'nowhere': No such file"),
         ((*OPTIONS, "-u", "a", "-P", "b"), "--username cannot be used with --users"),
-        ((*OPTIONS, "--concurrency", "multi-proc"), "--users needs --concurrency"),
     ):
         result = run(sys.executable, "-m", "bridge.ftp", "-p", "0", *options, directory=tmp_path)
         assert result.returncode == 2

@@ -404,8 +404,6 @@ def test_the_password_may_be_in_a_file_or_in_the_environment(
         (["--http-admin", "@/dev/null"], "--http-admin @/dev/null: write USER:PASSWORD"),
         (["--http", "host.invalid:80"], "--http: cannot listen on host.invalid, port 80: "),
         (["--http", "192.0.2.1:80"], "--http: cannot listen on 192.0.2.1, port 80: Cannot assign"),
-        (["--concurrency", "multi-thread"], "--http needs --concurrency async or pre-fork"),
-        (["--concurrency", "multi-proc"], "--http needs --concurrency async or pre-fork"),
     ],
 )
 def test_what_cannot_be_says_which_option_and_why(tmp_path: Path, options: list[str], message: str) -> None:

@@ -131,7 +131,6 @@ def test_a_port_that_another_server_has_is_an_error_though_its_workers_share_it(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--workers", "2", "--concurrency", "multi-thread"], "--workers needs --concurrency async"),
         (["--workers", "2", "--concurrency", "pre-fork"], "--concurrency pre-fork is --workers 0"),
         (["--workers", "-1"], "argument --workers: -1 is negative; 0 means one worker for each core"),
         (["--workers", "some"], "argument --workers: 'some' is no number"),

@@ -12,6 +12,7 @@ Options are set on subclasses made for the run, never on pyftpdlib's own classes
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import socket
@@ -19,7 +20,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from pyftpdlib import servers
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import FTPHandler
 
@@ -30,8 +30,6 @@ from bridge.loop.ioloop import GeventIOLoop
 from bridge.server.listeners import systemd_sockets
 from bridge.server.server import GeventFTPServer
 from bridge.server.shared_table import SharedTable
-from bridge.session.control import prepared
-from bridge.session.hardening import HardeningMixin
 from bridge.session.hash_commands import HashMixin
 from bridge.users.file import READ_ONLY, WRITABLE
 
@@ -62,6 +60,7 @@ class Application:
         self.server_attributes: dict[str, Any] = {
             "max_cons": options.max_cons,
             "max_cons_per_ip": options.max_cons_per_ip,
+            "stop_timeout": options.stop_timeout,
         }
         #: The directory's name for the line at start-up; `directory` changes with a chroot.
         self.shown_directory = self.directory
@@ -143,23 +142,11 @@ class Application:
             if not self.options.write and not self.options.users:
                 raise UsageError("--atomic-uploads needs --write or --users")
             attributes["abstracted_fs"] = type("FileSystem", (AtomicFS, attributes["abstracted_fs"]), {})
-        bases = (*self.mixins, base)
-        if self.options.concurrency in ("multi-thread", "multi-proc"):  # whose servers add nothing to it
-            bases = (HardeningMixin, *bases)
-        handler = type("Handler", bases, attributes)
-        # Whatever the server: pyftpdlib's handlers take a reset for the end of the file.
-        return prepared(handler) if self.options.atomic_uploads else handler
+        return type("Handler", (*self.mixins, base), attributes)
 
     def _server(self, listener: socket.socket | None = None) -> Any:
         options = self.options
-        base: Any = {
-            "multi-thread": servers.ThreadedFTPServer,
-            "multi-proc": servers.MultiprocessFTPServer,
-        }.get(options.concurrency, GeventFTPServer)
-        attributes = dict(self.server_attributes)
-        if base is GeventFTPServer:
-            attributes["stop_timeout"] = options.stop_timeout
-        server_class: Any = type("Server", (*self.server_mixins, base), attributes)
+        server_class: Any = type("Server", (*self.server_mixins, GeventFTPServer), self.server_attributes)
         ioloop = GeventIOLoop()
         ioloop.long_wait = options.long_wait
         where: list[Any] = [listener] if listener else [*systemd_sockets()]
@@ -169,11 +156,9 @@ class Application:
         try:
             return server_class(where[0], self.handler, ioloop=ioloop)
         except OSError as error:
-            # pyftpdlib wraps the last error of several addresses in another OSError.
-            reason = error.args[0] if error.args and isinstance(error.args[0], OSError) else error
             raise UsageError(
                 f"--interface/--port: cannot listen on {options.interface or 'all interfaces'}, "
-                f"port {options.port}: {os.strerror(reason.errno) if reason.errno else reason}"
+                f"port {options.port}: {os.strerror(error.errno or errno.EADDRNOTAVAIL)}"
             ) from None
 
 
@@ -192,19 +177,24 @@ def _directory(options: argparse.Namespace) -> str:
 
 def _authorizer(options: argparse.Namespace, directory: str) -> DummyAuthorizer:
     authorizer = DummyAuthorizer()
-    permissions = WRITABLE if options.write else READ_ONLY
     if options.username and not options.password:
         raise UsageError("--username needs --password")
     if options.password and not options.username:
         raise UsageError("--password needs --username")
     if options.username:
-        authorizer.add_user(options.username, options.password, directory, perm=permissions)
+        authorizer.add_user(
+            options.username, options.password, directory, perm=WRITABLE if options.write else READ_ONLY
+        )
     else:
-        with warnings.catch_warnings():
-            # that anonymous may write, which is what --write asked for
-            warnings.simplefilter("ignore", RuntimeWarning)
-            authorizer.add_anonymous(directory, perm=permissions)
+        add_anonymous(authorizer, directory, options.write)
     return authorizer
+
+
+def add_anonymous(authorizer: DummyAuthorizer, directory: str, write: bool) -> None:
+    """Let anonymous in to *directory*; pyftpdlib warns if they may write, which is what --write asks for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        authorizer.add_anonymous(directory, perm=WRITABLE if write else READ_ONLY)
 
 
 def _attributes(options: argparse.Namespace) -> dict[str, Any]:

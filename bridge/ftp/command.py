@@ -41,7 +41,6 @@ from bridge.loop.hubs import hear_signals
 from bridge.loop.monitor import watch_hub
 from bridge.server import signals
 from bridge.server.errors import ConfigError
-from bridge.server.server import GeventFTPServer
 from bridge.users import passwd
 
 #: What takes part in the application, in this order: modules with `add_options(parser)` and
@@ -91,10 +90,7 @@ def _serve(application: Application, announce: Callable[[], None]) -> None:
     def soon(function: Callable[..., object], *args: object) -> Callable[[], object]:
         return lambda: hub.loop.run_callback_threadsafe(gevent.spawn, function, *args)
 
-    if isinstance(server, GeventFTPServer):
-        signals.on_signals(_telling(application, soon(server.stop)), soon(server.stop, 0))
-    else:
-        signals.on_signals(_telling(application, soon(server.close_all)))
+    signals.on_signals(_telling(application, soon(server.stop)), soon(server.stop, 0))
     for number, reactions in ((signal.SIGHUP, application.reload), (signal.SIGUSR1, application.rotate)):
         if reactions:
             signals.whenever(number, soon(signals.run_all, reactions))
@@ -119,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         try:
             application = application_of(options)
-            several = application.workers > 1 or options.concurrency == "multi-proc"
+            several = application.workers > 1
             stack.enter_context(application.logs.installed(several))
             if options.check:
                 application.prepare()

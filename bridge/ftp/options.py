@@ -25,7 +25,7 @@ from bridge.server.errors import ConfigError
 T = TypeVar("T")
 
 DEFAULT_PORT = 2121  # python -m pyftpdlib
-CONCURRENCY = ("async", "pre-fork", "multi-thread", "multi-proc")
+CONCURRENCY = ("async", "pre-fork")
 
 
 class UsageError(ConfigError):
@@ -99,6 +99,15 @@ def seconds(value: str) -> float:
     if not 0 <= seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and any number of seconds")
     return seconds
+
+
+def concurrency(value: str) -> str:
+    """One of CONCURRENCY; pyftpdlib's other modes are its own command's."""
+    if value in ("multi-thread", "multi-proc"):
+        raise argparse.ArgumentTypeError(
+            f"{value} is not offered here; use `python -m pyftpdlib --concurrency {value}`"
+        )
+    return value
 
 
 # --- the parser
@@ -213,10 +222,11 @@ def _add_main(parser: Parser) -> None:
     )
     group.add_argument(
         "--concurrency",
+        type=concurrency,
         choices=CONCURRENCY,
         default="async",
-        help="one process and one hub for all sessions, as --workers 0, a native thread for each "
-        "session, or a process for each session (default: %(default)s)",
+        help="one process for all sessions, or as --workers 0; `python -m pyftpdlib` also offers a thread "
+        "or a process for each session (default: %(default)s)",
     )
 
 
@@ -286,7 +296,7 @@ def _add_limits(parser: Parser) -> None:
         type=seconds,
         metavar="SECONDS",
         default=bridge.GeventFTPServer.stop_timeout,
-        help="let transfers finish for so long when told to stop (async, pre-fork; default: %(default)g)",
+        help="seconds to let transfers finish at shutdown (default: %(default)g)",
     )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 
 from bridge.ftp.application import Application
-from bridge.ftp.options import UsageError, argument
+from bridge.ftp.options import argument
 from bridge.server.shared_table import SharedTable
 from bridge.users.bans import DEFAULT, ROWS, BanMixin, Bans, BanServerMixin, Policy
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module."""
-    group = parser.add_argument_group("failed logins (async, pre-fork)")
+    group = parser.add_argument_group("failed logins")
     group.add_argument(
         "--ban",
         type=argument(Policy.parse),
@@ -24,12 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def configure(application: Application) -> None:
-    """Count failed logins if the options say so. Raises UsageError."""
+    """Count failed logins if the options say so."""
     rule: Policy = application.options.ban
-    if application.options.concurrency in ("multi-thread", "multi-proc"):
-        if rule.failures and rule != Policy.parse(DEFAULT):
-            raise UsageError("--ban needs --concurrency async or pre-fork")
-        return
     if not rule.failures:
         return
     bans = Bans(rule, lambda: (application.shared["failures"], application.shared["bans"], application.slot))

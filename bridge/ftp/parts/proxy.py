@@ -46,8 +46,6 @@ def configure(application: Application) -> None:
     trusted = application.options.proxy_protocol
     if trusted is None:
         return
-    if application.options.concurrency not in ("async", "pre-fork"):
-        raise UsageError("--proxy-protocol needs --concurrency async or pre-fork")
     try:
         from bridge.proxy.protocol import ProxiedPassiveDTP, ProxyServerMixin, QuietChecksMixin
     except ImportError:

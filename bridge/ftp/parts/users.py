@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from typing import Any
 
 from pyftpdlib.authorizers import DummyAuthorizer
@@ -16,7 +15,7 @@ from pyftpdlib.authorizers import DummyAuthorizer
 from bridge.filesystems.atomic import remove_leftovers
 from bridge.filesystems.jail import ConfinedFS, available
 from bridge.filesystems.local import HomeFS
-from bridge.ftp.application import Application
+from bridge.ftp.application import Application, add_anonymous
 from bridge.ftp.options import UsageError
 from bridge.server.shared_table import SharedTable
 from bridge.users.authorizer import UserAuthorizer, WatchedFile, reason_for
@@ -29,7 +28,7 @@ ROWS_FOR_EACH, ROWS = 8, 4096
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module."""
-    group = parser.add_argument_group("users (async, pre-fork)")
+    group = parser.add_argument_group("users of a file")
     group.add_argument(
         "--users",
         metavar="FILE",
@@ -55,8 +54,6 @@ def configure(application: Application) -> None:
             "--username cannot be used with --users: add the user to the file, "
             "with `python -m bridge.ftp passwd FILE USER`"
         )
-    if options.concurrency in ("multi-thread", "multi-proc"):
-        raise UsageError("--users needs --concurrency async or pre-fork")
     if not available():
         raise UsageError("--users needs Linux with /proc, or users could leave their homes")
     authorizer = UserAuthorizer(application.directory, WRITABLE if options.write else READ_ONLY)
@@ -103,12 +100,7 @@ def _over(file_system: Any) -> Any:
 
 
 def _add_anonymous(application: Application, authorizer: DummyAuthorizer) -> None:
-    with warnings.catch_warnings():
-        # that anonymous may write, which is what --write asked for
-        warnings.simplefilter("ignore", RuntimeWarning)
-        authorizer.add_anonymous(
-            application.directory, perm=WRITABLE if application.options.write else READ_ONLY
-        )
+    add_anonymous(authorizer, application.directory, application.options.write)
     application.users += " and anonymous"
 
 

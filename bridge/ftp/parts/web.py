@@ -56,8 +56,6 @@ def configure(application: Application) -> None:
         if options.http_admin is not None:
             raise UsageError("--http-admin needs --http")
         return
-    if options.concurrency in ("multi-thread", "multi-proc"):
-        raise UsageError("--http needs --concurrency async or pre-fork")
     for name in ("prometheus_client", "psutil"):
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"--http needs {name}: pip install 'pyftpdlib-gevent[metrics]'")

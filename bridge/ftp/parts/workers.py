@@ -53,10 +53,6 @@ def configure(application: Application) -> None:
     """Prepare for several processes if the options say so. Raises UsageError."""
     options = application.options
     number = options.workers
-    if options.concurrency in ("multi-thread", "multi-proc"):
-        if number != 1:
-            raise UsageError(f"--workers needs --concurrency async, not {options.concurrency}")
-        return
     if options.concurrency == "pre-fork":
         if number > 1:
             raise UsageError("--concurrency pre-fork is --workers 0: leave it out to choose their number")
