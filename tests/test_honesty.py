@@ -168,7 +168,7 @@ def test_who_counts() -> None:
     code = "import gevent; spawned = gevent.spawn(gevent.sleep, 0)"
     exec(compile(code, "/srv/program.py", "exec"), foreign)
     gevent.joinall([ours, foreign["spawned"]])
-    worker = Worker(Turns(hub, print, print, print))
+    worker = Worker(Turns(hub, print, print, print, print, print))
     assert all(map(counts, [hub, worker, foreign["spawned"]]))
     assert not any(map(counts, [ours, gevent.getcurrent()]))
 

@@ -428,7 +428,7 @@ def test_a_connection_that_the_kernel_does_not_watch(
         for _ in range(3):
             registration.watcher.stop()
             registration._on_ready(server.ioloop.READ)
-            eventually(lambda: not server.ioloop._ready)
+            eventually(lambda: not server.ioloop._turns.ready)
             client.command("NOOP", "200")
         assert_idle()
         assert "cannot be watched" in caplog.text

@@ -53,7 +53,7 @@ class Bench:
     def __init__(self) -> None:
         self.hub = gevent.get_hub()
         self.raised: list[BaseException] = []
-        self.turns = Turns(self.hub, self.raised.append, lambda: None, lambda _: None)
+        self.turns = Turns(self.hub, self.raised.append, print, print, print, print)
         self.served: list[str] = []
 
     def channels(self, names: str) -> list[Channel]:

@@ -101,8 +101,6 @@ class GeventIOLoop(_IOLoop):
         self._away: weakref.WeakSet[Any] = weakref.WeakSet()
         self._hub: Any = None
         self._turns: Turns
-        self._ready: list[Any]
-        self._enqueue: Callable[[Any], None]
         self._long_waits: LongWaits
         self._mailbox: hubs.Mailbox
         self._libev = False
@@ -128,13 +126,14 @@ class GeventIOLoop(_IOLoop):
             self._in_hub_thread(old.detach)
         if isinstance(instance, Acceptor) and type(instance.socket) is GeventSocket:
             instance.socket = native(instance.socket)
-        registration = Registration(self, fd if isinstance(fd, int) else fd.fileno(), instance, events)
         hub = self._hub
+        number = fd if isinstance(fd, int) else fd.fileno()
+        registration = Registration(number, instance, events, has_hub=hub is not None)
         if hub is not None:
             if hub.thread_ident == _get_ident():
-                registration.attach(hub, self._turns)
+                registration.attach(self._turns)
             else:
-                self._in_hub_thread(registration.attach, hub, self._turns)
+                self._in_hub_thread(registration.attach, self._turns)
         self._registrations[fd] = registration
         self.socket_map[fd] = instance
 
@@ -374,14 +373,9 @@ class GeventIOLoop(_IOLoop):
         if interrupt and worker is not None:
             worker.throw(Interrupt)
 
-    def expect_pass(self) -> None:
-        """Something is about to be ready, perhaps the first in this pass."""
-        if self._passes is None and not self._ready:
-            self._hub.loop.run_callback(self._on_pass)
-
     def _on_pass(self) -> None:
         """Serve the channels that became ready in one pass of the hub, in the order they did."""
-        ready = self._ready
+        ready = self._turns.ready
         if ready:
             try:
                 self._turns.serve(oldest_last=self._libev)
@@ -452,6 +446,9 @@ class GeventIOLoop(_IOLoop):
             hub = hubs.current()
             hub.loop.run_callback(hub.handle_error, None, type(error), error, error.__traceback__)
 
+    def _on_accept_error(self) -> None:
+        self.accept_rests += 1
+
     # --- runs anywhere in the hub's thread
 
     def _defer_call(self, call: Call) -> bool:
@@ -496,18 +493,18 @@ class GeventIOLoop(_IOLoop):
             self._detach()
         self._hub = hub
         self._long_waits = LongWaits(hub, self.long_wait)
-        self._turns = Turns(hub, self._escape, self._on_quiet, self._long_waits.on_wait)
-        self._ready = self._turns.ready
-        self._enqueue = self._ready.append
+        callbacks = (self._escape, self._on_quiet, self._long_waits.on_wait, self._on_pass)
+        self._turns = Turns(hub, *callbacks, self._on_accept_error)
         self._mailbox = hubs.Mailbox(hub)
         module = type(hub.loop).__module__
         self._libev = "libev" in module
         if module == "gevent.libev.corecext":  # (libev-cffi's watchers call in another order)
             self._passes = hub.loop.check(ref=False, priority=hub.loop.MINPRI)
             self._passes.start(self._on_pass)
+            self._turns.has_check_watcher = True
         for registration in list(self._registrations.values()):
             try:
-                registration.attach(hub, self._turns)
+                registration.attach(self._turns)
             except OSError as error:  # closed since it was registered
                 log.debug("%r cannot be watched: %s", registration.channel, error)
                 hub.loop.run_callback(self._on_submit, registration.channel.handle_close, (), False)

@@ -1,7 +1,8 @@
 """One channel on the ioloop: its watcher, and what an event of it does.
 
-Sits between ioloop.py, which owns the registrations, and turns.py. A channel is any object that pyftpdlib
-registers: a listener, a control connection, a data connection, an acceptor for PASV, a connector for PORT.
+Sits on turns.py; ioloop.py owns the registrations and is not known here. A channel is any object that
+pyftpdlib registers: a listener, a control connection, a data connection, an acceptor for PASV, a connector
+for PORT.
 
 - An event for a session that is busy stops that watcher; the end of the turn starts it again. Events are
   level-triggered: nothing is lost, and nothing spins meanwhile.
@@ -36,8 +37,6 @@ from bridge.loop.turns import Interrupt, Session, Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from bridge.loop.ioloop import GeventIOLoop
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist): of
 # AsyncChat: _closed; of SSLConnectionMixin: _ssl_accepting, _ssl_want_read, _ssl_want_write.
@@ -78,8 +77,8 @@ _UNACKED = slice(24, 28)
 class Registration:
     """One channel on the loop, with its watcher.
 
-    The watcher is None before the ioloop has a hub and after the registration has ended; it is stopped
-    while `parked` (the session is busy) and while `resting` (a timer that ends a back-off).
+    The watcher is None before `attach`, while the ioloop has no hub, and after `detach`; it is stopped while
+    `parked` (the session is busy) and while `resting` (a timer that ends a back-off).
     """
 
     __slots__ = (
@@ -92,18 +91,17 @@ class Registration:
         "events",
         "fd",
         "handshake",
-        "ioloop",
         "listens",
         "parked",
         "ready",
         "resting",
         "session",
+        "turns",
         "watcher",
     )
 
-    def __init__(self, ioloop: GeventIOLoop, fd: int, channel: Any, events: int) -> None:
+    def __init__(self, fd: int, channel: Any, events: int, *, has_hub: bool) -> None:
         fcntl(fd, F_GETFD)  # raises OSError (EBADF) if it is not open
-        self.ioloop = ioloop
         self.fd = fd
         self.channel = channel
         self.events = events
@@ -123,8 +121,10 @@ class Registration:
                 self.block = TLS_RECORD if hasattr(channel, "_ssl_accepting") else CHUNK
         elif self.listens:
             self.control = None  # an accept that is killed must not close its listener
-        if ioloop._hub is None or self.listens:
+        if self.listens or not has_hub:
             self.context = contextvars.copy_context()
+        #: Of the hub it is attached to.
+        self.turns: Turns
         self.watcher: Any = None
         #: Events the watcher has seen, if it watches for more than one.
         self.ready = 0
@@ -136,27 +136,28 @@ class Registration:
 
     # --- runs in the hub's thread
 
-    def attach(self, hub: Any, turns: Turns) -> None:
+    def attach(self, turns: Turns) -> None:
         """Make the watcher and start it. Raises OSError (EBADF) if the fd is not open."""
+        self.turns = turns
         if not self.listens:
             self.session = turns.session_of(self.control, self.context)
         try:
-            self.watcher = hub.loop.io(self.fd, self.events)
+            self.watcher = turns.hub.loop.io(self.fd, self.events)
         except ValueError as error:
             raise OSError(errno.EBADF, f"cannot watch file descriptor {self.fd}") from error
         self._start()
 
     def _start(self) -> None:
         """Start the watcher, which is not active; without Python code for each event, where possible."""
-        ioloop = self.ioloop
+        turns = self.turns
         try:
             fcntl(self.fd, F_GETFD)
         except OSError:  # closed since, behind our back: the channel finds out when it is served
-            ioloop._hub.loop.run_callback(ioloop._on_pass)
-            ioloop._ready.append(self)
+            turns.hub.loop.run_callback(turns.on_pass)
+            turns.enqueue(self)
             return
-        if ioloop._passes is not None and (self.handshake or self.events) != READ | WRITE:
-            self.watcher.start(ioloop._enqueue, self)
+        if turns.has_check_watcher and (self.handshake or self.events) != READ | WRITE:
+            self.watcher.start(turns.enqueue, self)
         else:
             self.watcher.start(self._on_ready, pass_events=True)
 
@@ -196,9 +197,9 @@ class Registration:
     # --- runs in the hub: must not block
 
     def _on_ready(self, events: int) -> None:
-        ioloop = self.ioloop
-        ioloop.expect_pass()
-        ioloop._ready.append(self)
+        turns = self.turns
+        turns.expect_pass()
+        turns.enqueue(self)
         self.ready = events
 
     # --- runs in a worker greenlet: may wait
@@ -209,7 +210,7 @@ class Registration:
             return None
         if self.session is None:
             assert self.context is not None
-            return Session(self.ioloop._turns, self.context.copy(), vacant=True)
+            return Session(self.turns, self.context.copy(), vacant=True)
         self.ready = 0
         self.watcher.stop()
         self.parked = True
@@ -315,8 +316,8 @@ class Registration:
         elif self.watcher is not None:
             self.accepts = min(_waiting(self.channel.socket), ACCEPTS - 1)
             if self.accepts:
-                self.ioloop.expect_pass()  # this turn may have waited, and nobody be there to go on with them
-                self.ioloop._turns.again(self, self.accepts)
+                self.turns.expect_pass()  # this turn may have waited, and nobody be there to go on with them
+                self.turns.again(self, self.accepts)
 
     def _handle_error(self) -> None:
         """Let the channel deal with the exception being handled, and survive if it cannot."""
@@ -344,10 +345,10 @@ class Registration:
         if self.watcher is None or self.resting is not None:
             return
         if error is not None:
-            self.ioloop.accept_rests += 1
+            self.turns.on_accept_error()
         self.delay = min(self.delay * 2 or MIN_DELAY, MAX_DELAY)
         self.watcher.stop()
-        self.resting = self.ioloop._hub.loop.timer(self.delay)
+        self.resting = self.turns.hub.loop.timer(self.delay)
         self.resting.start(self._on_rested, update=True)  # the delay begins now, and not when this pass began
 
 

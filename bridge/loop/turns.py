@@ -236,12 +236,22 @@ class Turns:
 
     *hub* is borrowed. *on_escape* is called in the worker with what a job raised. *on_quiet* is called
     in the worker when the last waiting turn has ended. *on_wait* is called in the hub with the
-    workers whose turns wait, when one begins to.
+    workers whose turns wait, when one begins to. *on_pass* is called in the hub when channels are `ready`;
+    *on_accept_error* in the worker when a listener begins to rest.
     """
 
     __slots__ = (
-        *("_left", "closed", "hub", "on_escape", "on_quiet", "on_wait", "ready", "slice_ends", "spare"),
-        "waiting",
+        *(
+            "_left",
+            "closed",
+            "enqueue",
+            "has_check_watcher",
+            "hub",
+            "on_accept_error",
+            "on_escape",
+            "on_pass",
+        ),
+        *("on_quiet", "on_wait", "ready", "slice_ends", "spare", "waiting"),
     )
 
     def __init__(
@@ -250,11 +260,17 @@ class Turns:
         on_escape: Callable[[BaseException], None],
         on_quiet: Callable[[], None],
         on_wait: Callable[[set[Worker]], None],
+        on_pass: Callable[[], None],
+        on_accept_error: Callable[[], None],
     ) -> None:
         self.hub = hub
         self.on_escape = on_escape
         self.on_quiet = on_quiet
         self.on_wait = on_wait
+        self.on_pass = on_pass
+        self.on_accept_error = on_accept_error
+        #: Whether a watcher of the ioloop's calls *on_pass* after each pass of the hub, without being asked.
+        self.has_check_watcher = False
         #: The one idle worker kept for the next turn.
         self.spare: Worker | None = None
         #: Workers whose turn waits.
@@ -262,12 +278,19 @@ class Turns:
         self.closed = False
         #: Channels with events to be served, the next one last.
         self.ready: list[Channel] = []
+        #: A watcher's callback: the channel has events.
+        self.enqueue = self.ready.append
         #: When a worker leaves the rest of them to the hub's next pass (`time.monotonic()`).
         self.slice_ends = 0.0
         #: How many of `ready`, its first ones, the last slice has left.
         self._left = 0
 
     # --- runs in the hub: must not block
+
+    def expect_pass(self) -> None:
+        """Something is about to be ready, perhaps the first in this pass."""
+        if not self.has_check_watcher and not self.ready:
+            self.hub.loop.run_callback(self.on_pass)
 
     def run(self, session: Session, control: Any, job: Job, argument: Any) -> None:
         """Give an idle *session* its turn; return when the turn has ended or waits."""
