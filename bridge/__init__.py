@@ -11,16 +11,11 @@ starts nothing and takes no hub.
 
 from typing import TYPE_CHECKING
 
-from bridge.filesystems.atomic import AtomicFS
-from bridge.filesystems.authorizers import OffloadedAuthorizer
-from bridge.filesystems.offload import OffloadedFS
-from bridge.filesystems.virtual import VirtualFS
-from bridge.loop.install import install, uninstall
-from bridge.loop.ioloop import GeventIOLoop
-from bridge.loop.turns import current_session
-from bridge.server.server import GeventFTPServer
-from bridge.session.control import FTPHandler
-from bridge.session.hash_commands import HashMixin
+from bridge import session
+from bridge.filesystems import AtomicFS, OffloadedAuthorizer, OffloadedFS, VirtualFS
+from bridge.loop import GeventIOLoop, current_session, install, uninstall, watch_hub
+from bridge.server import GeventFTPServer
+from bridge.session import FTPHandler, HashMixin
 from bridge.testing import running
 
 __all__ = [
@@ -36,7 +31,13 @@ __all__ = [
     "install",
     "running",
     "uninstall",
+    "watch_hub",
 ]
+
+if hasattr(session, "TLS_FTPHandler"):  # pyOpenSSL is installed
+    from bridge.session import TLS_FTPHandler
+
+    __all__ += ["TLS_FTPHandler"]
 
 if TYPE_CHECKING:
     __version__: str
@@ -44,6 +45,8 @@ else:
 
     def __getattr__(name: str) -> str:
         """`__version__`: that of the installed distribution; the number itself stands in pyproject.toml."""
+        if name == "TLS_FTPHandler":
+            raise ImportError("bridge.TLS_FTPHandler needs pyOpenSSL: pip install 'pyftpdlib-gevent[tls]'")
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import PackageNotFoundError, version

@@ -13,7 +13,7 @@ from typing import Any
 
 from gevent import monkey
 
-from bridge.server.server import GeventFTPServer
+from bridge.server import GeventFTPServer
 
 _start_thread = monkey.get_original("_thread", "start_new_thread")
 _allocate_lock = monkey.get_original("_thread", "allocate_lock")

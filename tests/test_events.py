@@ -17,8 +17,9 @@ from support import eventually
 from uploading import ENDS, HUB_AND_THREADS, PLAIN_AND_TLS, by_leaving, site, store
 
 from bridge import AtomicFS
-from bridge.session.control import SessionMixin, prepared
+from bridge.session.control import SessionMixin
 from bridge.session.data import TransferMixin
+from bridge.session.handlers import prepared
 from bridge.session.hooks import Events, Transfer
 
 CONTENT = bytes(range(256)) * 1000

@@ -10,7 +10,7 @@ import pytest
 from support import Client, eventually, handler_class, started, users
 
 import bridge.session.pipelining
-from bridge.session import control as handlers
+from bridge.session import handlers
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ import bridge
 from bridge import GeventFTPServer, GeventIOLoop
 from bridge.loop.monitor import calls_in, watch_hub
 from bridge.server.server import AddressCounts
-from bridge.session.control import SessionMixin, prepared
+from bridge.session.control import SessionMixin
 from bridge.session.data import TransferMixin
+from bridge.session.handlers import prepared
 from bridge.session.ports import ActiveMixin, PassiveMixin
 
 _native_thread = monkey.get_original("_thread", "start_new_thread")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,33 @@ def test_every_module_starts_with_its_job() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path.name
         assert len(path.read_text().splitlines()) <= 400 or "Over 400 lines:" in path.read_text(), path.name
+
+
+#: What 0.4 had beside each other, and where it is now.
+DEPRECATED = {
+    "handlers": ("bridge", "FTPHandler"),
+    "monitor": ("bridge", "watch_hub"),
+    "listeners": ("bridge.server", "systemd_sockets"),
+    "virtual": ("bridge.filesystems", "Entry"),
+    "uploads": ("bridge.filesystems", "remove_leftovers"),
+    "threads": ("bridge.filesystems", "Threads"),
+    "homes": ("bridge.filesystems", "HomeFS"),
+}
+
+
+@pytest.mark.parametrize("module", DEPRECATED)
+def test_an_old_name_warns_and_is_the_new_one(module: str) -> None:
+    place, name = DEPRECATED[module]
+    sys.modules.pop(f"bridge.{module}", None)
+    with pytest.warns(DeprecationWarning, match=rf"^bridge\.{module} is deprecated: .*{name}.* in {place}$"):
+        old = importlib.import_module(f"bridge.{module}")
+    assert getattr(old, name) is getattr(importlib.import_module(place), name)
+
+
+@pytest.mark.parametrize("module", ["site", "options"])
+def test_a_module_that_moved_says_where_to(module: str) -> None:
+    with pytest.raises(ImportError, match=rf"^bridge\.{module} is now bridge\.ftp\."):
+        importlib.import_module(f"bridge.{module}")
 
 
 def test_importing_bridge_has_no_effects() -> None:

@@ -28,7 +28,7 @@ from gevent import get_hub, monkey
 from pyftpdlib.exceptions import FilesystemError
 
 from bridge.filesystems.text import one_line
-from bridge.loop.turns import current_session
+from bridge.loop import current_session
 
 # --- a private name this module stands on: of bridge.filesystems.offload.OffloadedFile, _file.
 

@@ -23,7 +23,7 @@ from gevent import get_hub, monkey
 from gevent.lock import Semaphore
 from gevent.threadpool import ThreadPool
 
-from bridge.loop.hubs import seconds_until
+from bridge.loop import seconds_until
 
 log = logging.getLogger(__name__)
 

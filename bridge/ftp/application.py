@@ -23,15 +23,12 @@ from typing import Any
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import FTPHandler
 
-from bridge.filesystems.atomic import AtomicFS, remove_leftovers
-from bridge.filesystems.local import HomeFS
+from bridge.filesystems import AtomicFS, HomeFS, remove_leftovers
 from bridge.ftp.options import UsageError
-from bridge.loop.ioloop import GeventIOLoop
-from bridge.server.listeners import systemd_sockets
-from bridge.server.server import GeventFTPServer
-from bridge.server.shared_table import SharedTable
-from bridge.session.hash_commands import HashMixin
-from bridge.users.file import READ_ONLY, WRITABLE
+from bridge.loop import GeventIOLoop
+from bridge.server import GeventFTPServer, SharedTable, systemd_sockets
+from bridge.session import HashMixin
+from bridge.users import READ_ONLY, WRITABLE
 
 
 class Application:

@@ -37,10 +37,8 @@ from bridge.ftp.parts import (
     workers,
 )
 from bridge.ftp.start_lines import announcement, summary
-from bridge.loop.hubs import hear_signals
-from bridge.loop.monitor import watch_hub
-from bridge.server import signals
-from bridge.server.errors import ConfigError
+from bridge.loop import hear_signals, watch_hub
+from bridge.server import ConfigError, signals
 from bridge.users import passwd
 
 #: What takes part in the application, in this order: modules with `add_options(parser)` and

@@ -20,7 +20,7 @@ from pyftpdlib import servers
 from pyftpdlib.handlers import FTPHandler
 
 import bridge
-from bridge.server.errors import ConfigError
+from bridge.server import ConfigError
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ import shlex
 from collections.abc import Iterator
 from typing import IO
 
-from bridge.filesystems.text import printable
+from bridge.filesystems import printable
 from bridge.ftp.application import Application
-from bridge.logs.output import coloured
+from bridge.logs import coloured
 
 _BOLD, _GREEN, _PLAIN = "\x1b[1m", "\x1b[32m", "\x1b[0m"
 

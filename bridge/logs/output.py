@@ -20,11 +20,11 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any
 
-from bridge.filesystems.text import encodable, printable
+from bridge.filesystems import encodable, printable
 from bridge.logs.records import fields_of
 from bridge.logs.writer import Writer
-from bridge.loop.turns import current_session
-from bridge.server.errors import ConfigError
+from bridge.loop import current_session
+from bridge.server import ConfigError
 
 log = logging.getLogger(__name__)
 

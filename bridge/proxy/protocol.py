@@ -31,13 +31,12 @@ from proxyprotocol.detect import ProxyProtocolDetect
 from proxyprotocol.result import ProxyResult, ProxyResultIPv4, ProxyResultIPv6
 from pyftpdlib.log import logger as pyftpdlib_logger
 
-from bridge.loop.hubs import seconds_until
-from bridge.loop.native_socket import NativeSocket
+from bridge.loop import NativeSocket, seconds_until
 
 if TYPE_CHECKING:
     from pyftpdlib.handlers import FTPHandler as _FTPHandler
 
-    from bridge.server.server import GeventFTPServer as _Server
+    from bridge.server import GeventFTPServer as _Server
 else:  # mix-ins: what they extend is the class they are put before
     _FTPHandler = _Server = object
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import gevent
 from gevent.event import Event
 
-from bridge.loop.hubs import seconds_until
-from bridge.session.data import transferring
+from bridge.loop import seconds_until
+from bridge.session import transferring
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """GeventFTPServer: pyftpdlib's FTPServer with the life that a gevent program expects.
 
 Its job: one server's life from bind to the last goodbye, and who may connect. Sits on loop/ioloop.py (which
-serves), session/control.py (which gives every handler class what a drain needs) and sessions.py (what an
+serves), session/handlers.py (which gives every handler class what a drain needs) and sessions.py (what an
 operator sees). It never blocks the hub and never touches a session's channels except in that session's turn.
 
 The words are those of gevent's BaseServer, so it can stand in a list beside a WSGIServer. The state is one
@@ -36,14 +36,11 @@ from gevent.event import Event
 from pyftpdlib.log import logger as pyftpdlib_logger
 from pyftpdlib.servers import FTPServer
 
-from bridge.loop import hubs
-from bridge.loop.ioloop import GeventIOLoop
-from bridge.loop.registration import close_quietly
-from bridge.loop.turns import current_session
+from bridge.loop import GeventIOLoop, close_quietly, current_session, hubs
 from bridge.server import listeners
 from bridge.server.drain import FAREWELL, KILL_GRACE, Drain, StopReport
 from bridge.server.sessions import ClientSession, snapshot
-from bridge.session.control import prepared
+from bridge.session import prepared
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +81,7 @@ class GeventFTPServer(FTPServer):
       addresses, port 0 for any free one; the path of a Unix socket, whose file is made here and removed
       at the end; or a bound stream socket, which becomes the server's. Bound at once (OSError), served
       from `start()` on.
-    - (class) handler: a subclass of pyftpdlib's FTPHandler. What it lacks of `bridge.session.control` is
+    - (class) handler: a subclass of pyftpdlib's FTPHandler. What it lacks of `bridge.session` is
       added in a subclass made for this server.
     - (GeventIOLoop) ioloop: borrowed; None for one of its own, which ends with the server.
     - (int) backlog: connections the kernel keeps until they are accepted (gevent's StreamServer: 256).

@@ -10,9 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.loop.turns import waiting_since
-from bridge.session.data import transferring
-from bridge.session.hooks import Transfer, transfer_of
+from bridge.loop import waiting_since
+from bridge.session import Transfer, transfer_of, transferring
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from gevent import GreenletExit
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.utils import strerror
 
-from bridge.filesystems.offload import OffloadedFile
-from bridge.filesystems.threads import Threads
+from bridge.filesystems import OffloadedFile, Threads
 from bridge.session.data import REPLY_CODES
 
 log = logging.getLogger(__name__)

@@ -26,9 +26,8 @@ from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.log import logger
 from pyftpdlib.utils import is_ssl_sock
 
-from bridge.filesystems.splice import BURST, SENDING, UPSTREAMS, Splice, Unspliceable
-from bridge.loop.registration import TLS_RECORD
-from bridge.loop.turns import Interrupt
+from bridge.filesystems import BURST, SENDING, UPSTREAMS, Splice, Unspliceable
+from bridge.loop import TLS_RECORD, Interrupt
 from bridge.session.hooks import StartingMixin
 from bridge.session.upload import ReceivingMixin, is_bare_eof
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyftpdlib.exceptions import FilesystemError
 
-from bridge.filesystems.text import one_line
+from bridge.filesystems import one_line
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _last_response, _rnfr, _in_dtp_queue, _out_dtp_queue, _closed; of DTPHandler: _closed,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from bridge.loop.turns import Interrupt
+from bridge.loop import Interrupt
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _closed, _in_buffer, _in_buffer_len, _wanted_io_events, _fileno; of

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.log import logger
 
-from bridge.filesystems.text import one_line
+from bridge.filesystems import one_line
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of DTPHandler: _resp, _closed, _initialized, _data_wrapper; of SSLConnectionMixin: _ssl_accepting.

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bridge.filesystems.replace import replace
-from bridge.server.errors import ConfigError
+from bridge.server import ConfigError
 
 log = logging.getLogger(__name__)
 

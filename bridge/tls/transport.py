@@ -28,10 +28,8 @@ from typing import TYPE_CHECKING, Any
 from OpenSSL import SSL, crypto
 from pyftpdlib.log import logger
 
-from bridge.server.errors import ConfigError
-from bridge.session.control import LAST_REPLY_TIMEOUT
-from bridge.session.transfer import TRANSFERS
-from bridge.session.upload import is_bare_eof
+from bridge.server import ConfigError
+from bridge.session import LAST_REPLY_TIMEOUT, TRANSFERS, is_bare_eof
 from bridge.tls.certificates import Identity
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).

@@ -23,7 +23,7 @@ import gevent
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.exceptions import AuthenticationFailed
 
-from bridge.filesystems.threads import THREADS, Threads
+from bridge.filesystems import THREADS, Threads
 from bridge.users.file import (
     ANONYMOUS,
     READ_ONLY,

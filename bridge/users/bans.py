@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 import gevent
 from gevent.event import Event
 
-from bridge.loop.hubs import seconds_until
-from bridge.server.shared_table import Full, SharedTable
+from bridge.loop import seconds_until
+from bridge.server import Full, SharedTable
 
 if TYPE_CHECKING:
     from pyftpdlib.handlers import FTPHandler as _FTPHandler

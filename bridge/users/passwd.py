@@ -18,7 +18,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from bridge.filesystems import replace as replacing
-from bridge.server.errors import ConfigError
+from bridge.server import ConfigError
 from bridge.users import file as userfile
 from bridge.users.file import Hash, Limits, User, UserFileError, is_user
 

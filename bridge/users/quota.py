@@ -23,8 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bridge.filesystems.threads import THREADS
-from bridge.server.shared_table import Full, SharedTable
+from bridge.filesystems import THREADS
+from bridge.server import Full, SharedTable
 from bridge.users.file import Limits
 from bridge.users.throttle import Rate, ThrottledMixin
 
@@ -35,8 +35,8 @@ from pyftpdlib.exceptions import _FileReadWriteError  # isort: skip
 if TYPE_CHECKING:
     from pyftpdlib.handlers import DTPHandler as _DTPHandler
 
-    from bridge.server.server import GeventFTPServer as _GeventFTPServer
-    from bridge.session.control import FTPHandler as _FTPHandler
+    from bridge.server import GeventFTPServer as _GeventFTPServer
+    from bridge.session import FTPHandler as _FTPHandler
 else:  # mix-ins: what they extend is the class they are put before
     _FTPHandler = _GeventFTPServer = _DTPHandler = object
 

@@ -21,9 +21,8 @@ import gevent.socket
 from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
-from bridge.filesystems.threads import THREADS
-from bridge.server import rpc
-from bridge.server.errors import ConfigError
+from bridge.filesystems import THREADS
+from bridge.server import ConfigError, rpc
 from bridge.web import page
 from bridge.web.auth import Guard, Refused
 from bridge.web.counts import Counts

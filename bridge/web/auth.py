@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import gevent
 
-from bridge.server.errors import ConfigError
+from bridge.server import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyftpdlib.handlers import FTPHandler as _FTPHandler
 
-    from bridge.session.hooks import Events, Transfer
+    from bridge.session import Events, Transfer
 
     class _Handler(_FTPHandler, Events): ...
 else:  # a mix-in: what it extends is the class it is put before

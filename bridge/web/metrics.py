@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 
-from bridge.filesystems.text import printable
-from bridge.filesystems.threads import THREADS
-from bridge.loop.hubs import seconds_until
-from bridge.server.sessions import snapshot
+from bridge.filesystems import THREADS, printable
+from bridge.loop import seconds_until
+from bridge.server import snapshot
 from bridge.web.counts import DIRECTIONS, LAG, Counts
 
 # --- private names of gevent this module stands on (tests/test_structure.py checks that they exist):
 # Hub._threadpool.
 
 if TYPE_CHECKING:
-    from bridge.server.server import GeventFTPServer as _Server
+    from bridge.server import GeventFTPServer as _Server
 else:  # a mix-in: what it extends is the class it is put before
     _Server = object
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from pyftpdlib.servers import FTPServer
 
-from bridge.server.server import AddressCounts
-from bridge.server.shared_table import Full, SharedTable
+from bridge.server import AddressCounts, Full, SharedTable
 
 log = logging.getLogger(__name__)
 

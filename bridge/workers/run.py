@@ -22,7 +22,7 @@ from typing import Any
 
 import gevent
 
-from bridge.server.errors import ConfigError
+from bridge.server import ConfigError
 from bridge.workers.supervisor import (
     CUT,
     DRAIN,

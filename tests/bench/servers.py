@@ -129,7 +129,7 @@ def _drop_in_patched(options: argparse.Namespace) -> None:
 def _gevent_server(options: argparse.Namespace) -> None:
     from bridge import GeventFTPServer
 
-    _serve(GeventFTPServer((options.host, 0), _handler(options, "bridge.session.control")), options)
+    _serve(GeventFTPServer((options.host, 0), _handler(options, "bridge.session.handlers")), options)
 
 
 def _patched(options: argparse.Namespace) -> None:

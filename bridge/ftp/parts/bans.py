@@ -6,8 +6,9 @@ import argparse
 
 from bridge.ftp.application import Application
 from bridge.ftp.options import argument
-from bridge.server.shared_table import SharedTable
-from bridge.users.bans import DEFAULT, ROWS, BanMixin, Bans, BanServerMixin, Policy
+from bridge.server import SharedTable
+from bridge.users import BanMixin, Bans, BanServerMixin, Policy
+from bridge.users.bans import DEFAULT, ROWS
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

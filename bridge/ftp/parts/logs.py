@@ -11,8 +11,7 @@ import os
 
 from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
-from bridge.logs.output import Logs
-from bridge.logs.records import RecordsMixin, XferlogMixin
+from bridge.logs import Logs, RecordsMixin, XferlogMixin
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

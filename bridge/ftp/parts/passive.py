@@ -13,7 +13,7 @@ import socket
 
 from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError, port_range
-from bridge.proxy.masquerade import MasqueradeMixin
+from bridge.proxy import MasqueradeMixin
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
-from bridge.filesystems.threads import THREADS
+from bridge.filesystems import THREADS
 from bridge.ftp.application import Application
 from bridge.ftp.options import DEFAULT_PORT, UsageError
-from bridge.server.errors import ConfigError
+from bridge.server import ConfigError
 
 if TYPE_CHECKING:
     from bridge.tls.transport import Contexts

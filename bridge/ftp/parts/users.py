@@ -12,15 +12,23 @@ from typing import Any
 
 from pyftpdlib.authorizers import DummyAuthorizer
 
-from bridge.filesystems.atomic import remove_leftovers
-from bridge.filesystems.jail import ConfinedFS, available
-from bridge.filesystems.local import HomeFS
+from bridge.filesystems import ConfinedFS, HomeFS, remove_leftovers
+from bridge.filesystems.jail import available
 from bridge.ftp.application import Application, add_anonymous
 from bridge.ftp.options import UsageError
-from bridge.server.shared_table import SharedTable
-from bridge.users.authorizer import UserAuthorizer, WatchedFile, reason_for
-from bridge.users.file import READ_ONLY, WRITABLE, UserFileError
-from bridge.users.quota import AccountDataMixin, AccountMixin, Accounts, AccountServerMixin
+from bridge.server import SharedTable
+from bridge.users import (
+    READ_ONLY,
+    WRITABLE,
+    AccountDataMixin,
+    AccountMixin,
+    Accounts,
+    AccountServerMixin,
+    UserAuthorizer,
+    UserFileError,
+    WatchedFile,
+    reason_for,
+)
 
 #: Rows of the shared tables for each user of the file, and at least: see SharedTable.
 ROWS_FOR_EACH, ROWS = 8, 4096

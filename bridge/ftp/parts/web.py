@@ -7,10 +7,7 @@ import importlib.util
 
 from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
-from bridge.web.app import Web
-from bridge.web.auth import ENVIRONMENT, Guard, administrator
-from bridge.web.counts import CountingMixin
-from bridge.web.metrics import ReportingMixin
+from bridge.web import ENVIRONMENT, CountingMixin, Guard, ReportingMixin, Web, administrator
 
 
 def address(value: str) -> tuple[str, int]:

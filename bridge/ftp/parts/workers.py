@@ -15,10 +15,8 @@ from collections.abc import Callable
 from bridge.ftp.application import Application
 from bridge.ftp.options import UsageError
 from bridge.server import signals
-from bridge.workers import limits
-from bridge.workers.run import Link, SharedPort, listeners_of
-from bridge.workers.run import run as run_workers
-from bridge.workers.supervisor import Parent
+from bridge.workers import Link, Parent, SharedPort, limits, listeners_of
+from bridge.workers import run as run_workers
 
 log = logging.getLogger(__name__)
 
