@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from ftps_clients import Authority, pem_of
 
-from bridge.ftp.options import UsageError
+from bridge.server import ConfigError
 from bridge.tls.certificates import kept, load
 
 
@@ -130,7 +130,7 @@ def test_where_nothing_can_be_kept_it_says_what_to_do(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
-    with pytest.raises(UsageError, match=r"^--tls: cannot keep .*Not a directory; .*--certfile$"):
+    with pytest.raises(ConfigError, match=r"^--tls: cannot keep .*Not a directory; .*--certfile$"):
         kept()
 
 
@@ -139,7 +139,7 @@ def test_a_half_written_one_is_never_seen(data_home: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bridge.tls.certificates.os.fsync", fail)
-    with pytest.raises(UsageError, match="No space left"):
+    with pytest.raises(ConfigError, match="No space left"):
         kept()
     assert os.listdir(data_home) == ["lock"]
 
@@ -236,7 +236,7 @@ def test_what_is_wrong_is_one_line_with_the_option_and_the_way_out(tmp_path: Pat
         said += f"take it off: openssl pkey -in {path} -out NEW"
         cases.append((server, path, said) if path is secret else (path, None, said))
     for certfile, keyfile, expected in cases:
-        with pytest.raises(UsageError) as caught:
+        with pytest.raises(ConfigError) as caught:
             load(str(certfile), str(keyfile) if keyfile else None)
         assert str(caught.value) == expected
 

@@ -20,7 +20,7 @@ from ftps_clients import Authority
 from pyftpdlib.handlers import TLS_FTPHandler
 from support import PATIENCE, Client, assert_idle, encrypted, eventually, handler_class, reset, started, users
 
-from bridge.ftp.options import UsageError
+from bridge.server import ConfigError
 from bridge.tls.certificates import Identity, load
 from bridge.tls.transport import Contexts, ControlMixin, DataMixin
 
@@ -221,7 +221,7 @@ def test_what_openssl_refuses_leaves_the_contexts_as_they_were(tmp_path: Path) -
     contexts = Contexts(require_reuse=True)
     contexts.take(good, [])
     before = contexts.context
-    with pytest.raises(UsageError, match=r"^--certfile: OpenSSL refuses "):
+    with pytest.raises(ConfigError, match=r"^--certfile: OpenSSL refuses "):
         contexts.take(Identity(good.chain, other.key, "mixed.pem"), [])
     assert contexts.context is before
     assert contexts.of_session().get_session_cache_mode() == before.get_session_cache_mode()

@@ -287,11 +287,11 @@ def test_wrong_options_are_errors(tmp_path: Path, options: list[str], expected: 
 TELLING = """
 import sys
 import bridge.ftp, bridge.ftp.application, bridge.logs.writer
-bind = bridge.ftp.application.Site.bind
+bind = bridge.ftp.application.Application.bind
 def telling(site):
     bind(site)
     print(" on %s port %d" % site.server.address, flush=True)
-bridge.ftp.application.Site.bind = telling
+bridge.ftp.application.Application.bind = telling
 """
 
 

@@ -20,8 +20,8 @@ from webs import Web, serving_site, site_of
 
 import bridge.web.app
 import bridge.web.auth
-from bridge.ftp.options import UsageError
 from bridge.ftp.parts.web import address
+from bridge.server import ConfigError
 
 USER = ("-u", "u", "-P", "p", "-w")
 ADMIN = (*USER, "--http-admin", "op:secret")
@@ -407,7 +407,7 @@ def test_the_password_may_be_in_a_file_or_in_the_environment(
     ],
 )
 def test_what_cannot_be_says_which_option_and_why(tmp_path: Path, options: list[str], message: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(ConfigError) as caught:
         site_of(tmp_path, *options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -417,7 +417,7 @@ def test_an_address_in_use_is_said_to_be(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(
-            UsageError, match=rf"--http: cannot listen on 127.0.0.1, port {port}: Address already"
+            ConfigError, match=rf"--http: cannot listen on 127.0.0.1, port {port}: Address already"
         ):
             site_of(tmp_path, "--http", str(port))
 
@@ -429,6 +429,6 @@ def test_a_missing_package_is_named_with_how_to_get_it(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(
-        UsageError, match=rf"^--http needs {missing}: pip install 'pyftpdlib-gevent\[metrics\]'$"
+        ConfigError, match=rf"^--http needs {missing}: pip install 'pyftpdlib-gevent\[metrics\]'$"
     ):
         site_of(tmp_path)

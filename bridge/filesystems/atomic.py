@@ -24,6 +24,8 @@ from typing import Any
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.filesystems import AbstractedFS
 
+from bridge.filesystems.replace import fsync_directory
+
 log = logging.getLogger(__name__)
 
 #: What ends the names of hidden files. "~" makes other programs that watch the directory skip them too.
@@ -176,7 +178,7 @@ class AtomicFile:
             raise
         try:
             if self._fs.fsync_uploads:
-                _fsync_directory(os.path.dirname(self._target))
+                fsync_directory(os.path.dirname(self._target))
         finally:
             self._file.close()
 
@@ -289,11 +291,3 @@ def _inherit(fd: int, old: os.stat_result) -> None:
         with contextlib.suppress(PermissionError):
             os.fchown(fd, old.st_uid, old.st_gid)
     os.fchmod(fd, stat.S_IMODE(old.st_mode) & 0o777)
-
-
-def _fsync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

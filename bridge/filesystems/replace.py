@@ -32,8 +32,13 @@ def replace(path: str, content: bytes, owner: tuple[int, int] | None = None) -> 
     except BaseException:
         os.unlink(temporary)
         raise
-    directory_fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    fsync_directory(directory)
+
+
+def fsync_directory(path: str) -> None:
+    """Make the names in directory *path* survive a power cut; blocks. Raises OSError."""
+    fd = os.open(path or os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(directory_fd)  # the name
+        os.fsync(fd)
     finally:
-        os.close(directory_fd)
+        os.close(fd)

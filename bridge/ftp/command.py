@@ -21,6 +21,7 @@ from typing import Any
 
 import gevent
 
+from bridge.ftp import passwd
 from bridge.ftp.application import Application
 from bridge.ftp.options import parser_of
 from bridge.ftp.parts import (
@@ -39,7 +40,6 @@ from bridge.ftp.parts import (
 from bridge.ftp.start_lines import announcement, summary
 from bridge.loop import hear_signals, watch_hub
 from bridge.server import ConfigError, signals
-from bridge.users import passwd
 
 #: What takes part in the application, in this order: modules with `add_options(parser)` and
 #: `configure(application)`. Workers come before what makes tables for all processes, and bind before

@@ -79,15 +79,22 @@ def port_range(value: str) -> list[int]:
     return list(range(start, stop + 1))
 
 
-def count(value: str) -> int:
-    """A number of things, 0 for no limit."""
-    try:
-        count = int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number") from None
-    if count < 0:
-        raise argparse.ArgumentTypeError(f"{count} is negative; 0 means no limit")
+def count_or(zero: str) -> Callable[[str], int]:
+    """A number of things; *zero* is what 0 means."""
+
+    def count(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{value!r} is no number") from None
+        if number < 0:
+            raise argparse.ArgumentTypeError(f"{number} is negative; 0 means {zero}")
+        return number
+
     return count
+
+
+count = count_or("no limit")
 
 
 def seconds(value: str) -> float:

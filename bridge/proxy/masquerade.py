@@ -8,6 +8,8 @@ from __future__ import annotations
 import ipaddress
 from typing import TYPE_CHECKING, Any
 
+from bridge.session import plain
+
 if TYPE_CHECKING:
     from pyftpdlib.handlers import FTPHandler as _FTPHandler
 else:  # a mix-in: what it extends is the class it is put before
@@ -28,9 +30,10 @@ class MasqueradeMixin(_FTPHandler):
 
     def _address_to_tell(self) -> Any:
         try:
-            client = ipaddress.IPv4Address(self.remote_ip.removeprefix("::ffff:"))
-        except ValueError:  # IPv6: no such client sends PASV, and nothing would help it
+            client = plain(self.remote_ip)
+        except ValueError:  # a Unix socket's
             client = None
+        # (IPv6: no such client sends PASV, and nothing would help it.)
         for network, address in self.masquerade_networks if client is not None else ():
             if client in network:
                 return address

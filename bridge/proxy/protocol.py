@@ -32,6 +32,7 @@ from proxyprotocol.result import ProxyResult, ProxyResultIPv4, ProxyResultIPv6
 from pyftpdlib.log import logger as pyftpdlib_logger
 
 from bridge.loop import NativeSocket, seconds_until
+from bridge.session import plain
 
 if TYPE_CHECKING:
     from pyftpdlib.handlers import FTPHandler as _FTPHandler
@@ -57,12 +58,6 @@ class ProxyError(Exception):
 
 class NothingSent(ProxyError):
     """The connection ended before its first byte, as those of many health checks do."""
-
-
-def plain(ip: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The address itself, where a socket for IPv6 says `::ffff:192.0.2.1` for one of IPv4."""
-    address = ipaddress.ip_address(ip.partition("%")[0])
-    return getattr(address, "ipv4_mapped", None) or address
 
 
 def is_among(ip: str, networks: Sequence[Network]) -> bool:

@@ -12,13 +12,14 @@ for other rooms.)
 """
 
 from bridge.session import handlers
+from bridge.session.addresses import plain
 from bridge.session.control import LAST_REPLY_TIMEOUT
 from bridge.session.data import transferring
 from bridge.session.handlers import FTPHandler, prepared
 from bridge.session.hash_commands import HashMixin
 from bridge.session.hooks import Events, Transfer, transfer_of
 from bridge.session.transfer import TRANSFERS
-from bridge.session.upload import is_bare_eof
+from bridge.session.upload import cut_at_quota, is_bare_eof
 
 __all__ = [
     "LAST_REPLY_TIMEOUT",
@@ -27,7 +28,9 @@ __all__ = [
     "FTPHandler",
     "HashMixin",
     "Transfer",
+    "cut_at_quota",
     "is_bare_eof",
+    "plain",
     "prepared",
     "transfer_of",
     "transferring",

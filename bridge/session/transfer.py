@@ -19,12 +19,12 @@ What differs from pyftpdlib, and why:
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from typing import TYPE_CHECKING, Any
 
 from pyftpdlib.log import logger
 
+from bridge.session.addresses import plain
 from bridge.session.data import transferring
 from bridge.session.upload import give_up
 
@@ -244,13 +244,12 @@ class TransferRepliesMixin(_FTPHandler):
     def _as_we_write_it(self, ip: str) -> str:
         """The client's own address, however *ip* writes it: pyftpdlib compares texts. Else *ip*."""
         try:
-            theirs, ours = ipaddress.ip_address(ip), ipaddress.ip_address(self.remote_ip.partition("%")[0])
+            theirs, ours = plain(ip), plain(self.remote_ip)
         except ValueError:
             return ip
-        mapped = getattr(ours, "ipv4_mapped", None)
-        if mapped is not None and theirs in (ours, mapped):
-            return str(mapped)  # as pyftpdlib connects to it
-        return self.remote_ip if theirs == ours else ip
+        if theirs != ours:
+            return ip
+        return str(ours) if ours.version == 4 else self.remote_ip  # as pyftpdlib connects to it
 
     def _make_epasv(self, extmode: bool = False) -> None:
         self._give_up_data_connection()

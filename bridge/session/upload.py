@@ -20,7 +20,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.log import logger
@@ -39,6 +39,16 @@ else:  # a mix-in: what it extends is the class it is put before
 
 #: OpenSSL.SSL.RECEIVED_SHUTDOWN, since pyOpenSSL need not be installed (SSL_get_shutdown(3)).
 _RECEIVED_SHUTDOWN = 2
+
+
+def cut_at_quota(file: Any, chunk: bytes, left: int) -> NoReturn:
+    """Write the first *left* bytes of *chunk* (none if negative), then end the upload: 552."""
+    try:
+        if left > 0:
+            file.write(chunk[:left])
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    except OSError as error:
+        raise _FileReadWriteError(error) from error
 
 
 def give_up(file: Any) -> bool:
@@ -164,14 +174,9 @@ class ReceivingMixin(_DTPHandler):
             if convert is not None:
                 chunk = convert(chunk)
             left -= len(chunk)
-            if left >= 0:
-                return chunk
-            try:
-                if len(chunk) + left > 0:
-                    self.file_obj.write(chunk[:left])
-                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-            except OSError as error:
-                raise _FileReadWriteError(error) from error
+            if left < 0:
+                cut_at_quota(self.file_obj, chunk, len(chunk) + left)
+            return chunk
 
         self._data_wrapper = wrapper
 

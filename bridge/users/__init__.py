@@ -1,6 +1,6 @@
 """Accounts: who may log in, and what they may use.
 
-file.py is the users file, authorizer.py logs in by it, passwd.py edits it (`python -m bridge.ftp passwd`).
+file.py is the users file, authorizer.py logs in by it; `python -m bridge.ftp passwd` edits it.
 quota.py limits sessions and bytes, throttle.py the rate, bans.py those who guess passwords.
 
 Passwords are checked on threads, never on the hub. Begin with authorizer.py.

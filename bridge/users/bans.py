@@ -27,6 +27,7 @@ from gevent.event import Event
 
 from bridge.loop import seconds_until
 from bridge.server import Full, SharedTable
+from bridge.session import plain
 
 if TYPE_CHECKING:
     from pyftpdlib.handlers import FTPHandler as _FTPHandler
@@ -85,13 +86,11 @@ class Policy:
 def network_of(ip: str) -> str:
     """What *ip* is counted as."""
     try:
-        address = ipaddress.ip_address(ip)
+        address = plain(ip)
     except ValueError:  # none: a Unix socket's, say
         return ip
-    if isinstance(address, ipaddress.IPv4Address):
-        return ip
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
+    if address.version == 4:
+        return str(address)
     return str(ipaddress.ip_network((int(address), V6_PREFIX), strict=False))
 
 

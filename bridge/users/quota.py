@@ -13,7 +13,6 @@ seen with a login later, MEASURED seconds at the earliest.
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import os
@@ -25,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.filesystems import THREADS
 from bridge.server import Full, SharedTable
+from bridge.session import cut_at_quota
 from bridge.users.file import Limits
 from bridge.users.throttle import Rate, ThrottledMixin
 
 # --- private names of pyftpdlib this module stands on (tests/test_structure.py checks that they exist).
 # Of FTPHandler: _closed, _restart_position; of DTPHandler: _data_wrapper.
-from pyftpdlib.exceptions import _FileReadWriteError  # isort: skip
 
 if TYPE_CHECKING:
     from pyftpdlib.handlers import DTPHandler as _DTPHandler
@@ -330,16 +329,10 @@ class AccountDataMixin(_DTPHandler):
             if convert is not None:
                 chunk = convert(chunk)
             over = accounts.add(upload.home, len(chunk)) - upload.quota
-            over = min(max(over, 0), len(chunk))
             upload.counted += len(chunk)
-            if not over:
-                return chunk
-            try:
-                if over < len(chunk):
-                    self.file_obj.write(chunk[:-over])
-                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-            except OSError as error:
-                raise _FileReadWriteError(error) from error
+            if over > 0:
+                cut_at_quota(self.file_obj, chunk, len(chunk) - over)
+            return chunk
 
         self._data_wrapper = count
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 
 from bridge.ftp.application import Application
-from bridge.ftp.options import UsageError
+from bridge.ftp.options import UsageError, count_or
 from bridge.server import signals
 from bridge.workers import Link, Parent, SharedPort, limits, listeners_of
 from bridge.workers import run as run_workers
@@ -30,21 +30,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("workers")
     group.add_argument(
         "--workers",
-        type=_number,
+        type=count_or("one worker for each core"),
         metavar="COUNT",
         default=1,
         help="processes that share the port and the limits, 0: one for each core (default: %(default)s)",
     )
-
-
-def _number(value: str) -> int:
-    try:
-        number = int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number") from None
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative; 0 means one worker for each core")
-    return number
 
 
 def configure(application: Application) -> None:

@@ -1,6 +1,6 @@
-"""`python -m bridge.ftp passwd FILE USER`: edit a file of users (file.py) by hand or by a script.
+"""`python -m bridge.ftp passwd FILE USER`: edit a file of users (users/file.py) by hand or by a script.
 
-Called by ftp/command.py, before its own options are looked at. A file is written whole, beside the old one,
+Called by command.py, before its own options are looked at. A file is written whole, beside the old one,
 and renamed, so that a server never reads half of it; comments and order stay. Two who edit at once take turns
 (flock on the file). No gevent.
 """
@@ -18,7 +18,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from bridge.filesystems import replace as replacing
-from bridge.server import ConfigError
+from bridge.ftp.options import UsageError, argument
 from bridge.users import file as userfile
 from bridge.users.file import Hash, Limits, User, UserFileError, is_user
 
@@ -29,28 +29,21 @@ FILE_MODE = 0o600
 
 
 def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
+    """*check* as argparse's `type`, for text that stays as it is."""
+
     def convert(value: str) -> str:
-        try:
-            check(value)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+        check(value)
         return value
 
-    return convert
-
-
-def _size(value: str) -> int:
-    try:
-        return userfile.size(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return argument(convert)
 
 
 def _rate(value: str) -> int:
+    """Bytes a second, as the file has them after `up=`. Raises ValueError."""
     try:
         return Limits.parse(f"up={value}").up
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("up=")) from None
+        raise ValueError(str(error).removeprefix("up=")) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,10 +72,18 @@ def _parser() -> argparse.ArgumentParser:
         type=_checked(userfile.check_perm),
         help="read, write or pyftpdlib's letters (default: what the server's --write says)",
     )
-    group.add_argument("--max-sessions", dest="sessions", metavar="COUNT", type=_size, help="at once")
-    group.add_argument("--max-upload", dest="up", metavar="RATE", type=_rate, help="bytes a second: 500K, 2M")
-    group.add_argument("--max-download", dest="down", metavar="RATE", type=_rate, help="bytes a second")
-    group.add_argument("--quota", metavar="SIZE", type=_size, help="bytes of files in the home: 500M, 10G")
+    group.add_argument(
+        "--max-sessions", dest="sessions", metavar="COUNT", type=argument(userfile.size), help="at once"
+    )
+    group.add_argument(
+        "--max-upload", dest="up", metavar="RATE", type=argument(_rate), help="bytes a second: 500K, 2M"
+    )
+    group.add_argument(
+        "--max-download", dest="down", metavar="RATE", type=argument(_rate), help="bytes a second"
+    )
+    group.add_argument(
+        "--quota", metavar="SIZE", type=argument(userfile.size), help="bytes of files in the home: 500M, 10G"
+    )
     return parser
 
 
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         _run(options)
-    except ConfigError as error:
+    except UsageError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except UserFileError as error:
         parser.exit(2, f"{parser.prog}: error: {options.file}, {error}\n")
@@ -106,19 +107,19 @@ def main(argv: Sequence[str]) -> int:
 def _run(options: argparse.Namespace) -> None:
     if options.list:
         if options.user is not None:
-            raise ConfigError("--list takes no USER")
+            raise UsageError("--list takes no USER")
         for user in userfile.parse(_read(options.file)).values():
             print(_shown(user))
         return
     name = options.user
     if name is None:
-        raise ConfigError("USER is missing")
+        raise UsageError("USER is missing")
     try:
         userfile.check_name(name)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise UsageError(str(error)) from None
     if options.lock + options.stdin + options.delete > 1:
-        raise ConfigError("--stdin, --lock and --delete: only one of them")
+        raise UsageError("--stdin, --lock and --delete: only one of them")
     if options.delete:
         with _edited(options.file, make=False) as lines:
             lines[_index(lines, name, options.file)] = None
@@ -166,15 +167,15 @@ def _ask(stdin: bool) -> str:
     if stdin:
         line = sys.stdin.readline()
         if not line.rstrip("\r\n"):
-            raise ConfigError("--stdin: there is no password in the first line")
+            raise UsageError("--stdin: there is no password in the first line")
         return line.rstrip("\r\n")
     if not sys.stdin.isatty():
-        raise ConfigError("no terminal to ask for the password; give it with --stdin")
+        raise UsageError("no terminal to ask for the password; give it with --stdin")
     password = getpass.getpass("Password: ")
     if not password:
-        raise ConfigError("an empty password; --lock lets nobody in")
+        raise UsageError("an empty password; --lock lets nobody in")
     if getpass.getpass("Again: ") != password:
-        raise ConfigError("the two passwords differ; nothing has changed")
+        raise UsageError("the two passwords differ; nothing has changed")
     return password
 
 
@@ -195,7 +196,7 @@ def _find(lines: Sequence[str | None], name: str) -> int | None:
 def _index(lines: Sequence[str | None], name: str, path: str) -> int:
     index = _find(lines, name)
     if index is None:
-        raise ConfigError(f"there is no user {name!r} in {path}")
+        raise UsageError(f"there is no user {name!r} in {path}")
     return index
 
 
