@@ -13,6 +13,7 @@ from typing import Any
 
 from gevent import monkey
 
+from bridge.loop import hubs
 from bridge.server import GeventFTPServer
 
 _start_thread = monkey.get_original("_thread", "start_new_thread")
@@ -29,7 +30,7 @@ def running(
     - attributes: class attributes of GeventFTPServer for this server (`max_cons=2`).
 
     What cannot be bound raises here (OSError). At the end of the block the server is stopped with a timeout
-    of 0: sessions that are left get 421, transfers 426, and nothing is left.
+    of 0: sessions that are left get 421, transfers 426, and nothing is left, not even the thread's hub.
     """
     if thread is None:
         thread = not monkey.is_module_patched("socket")
@@ -59,9 +60,12 @@ def _in_thread(server: GeventFTPServer) -> Iterator[None]:
 
     def serve() -> None:
         try:
-            server.start()
-            started.release()
-            server.serve_forever()
+            try:
+                server.start()
+                started.release()
+                server.serve_forever()
+            finally:
+                hubs.end()
         except BaseException as error:
             raised.append(error)
             if started.locked():

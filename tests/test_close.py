@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -23,8 +26,11 @@ from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import FTPServer
 from support import Client, eventually, handler_class, serving, users
 
+import bridge
 from bridge import GeventIOLoop
 from bridge.loop import hubs
+
+HERE = Path(__file__).parent
 
 _native_thread = monkey.get_original("_thread", "start_new_thread")
 
@@ -360,3 +366,67 @@ def test_two_threads_cannot_run_one_loop(tmp_path: Path) -> None:
             gevent.sleep(0.001)
         thread.join()
     assert "already runs in another thread" in str(raised[0])
+
+
+HEAD = """
+import ftplib, io, logging, os, signal, sys, threading
+logging.basicConfig(level=logging.WARNING)
+from support import handler_class, users
+import bridge
+handler = handler_class(users(sys.argv[1]))
+def upload(address):
+    with ftplib.FTP(timeout=20) as client:
+        client.connect(*address)
+        client.login("u", "p")
+        client.storbinary("STOR file", io.BytesIO(b"content"))
+for _ in range(50):
+    child = os.fork()  # sooner there than a program that imports all of this
+    if child == 0:
+        signal.alarm(60)
+        break
+    print(os.waitpid(child, 0)[1], flush=True)
+else:
+    sys.exit()
+"""
+
+RUNNING = """
+with bridge.running(handler) as server:
+    hub = server.ioloop.hub
+    client = threading.Thread(target=upload, args=[server.address])
+    client.start()
+    client.join()
+assert hub.loop is None, "running() returned before the hub was destroyed"
+"""
+
+DAEMON = """
+server = bridge.GeventFTPServer(("127.0.0.1", 0), handler)
+started, ended = threading.Event(), threading.Event()
+def serve():
+    server.start()
+    started.set()
+    server.serve_forever()
+    ended.set()
+threading.Thread(target=serve, daemon=True).start()
+started.wait()
+upload(server.address)
+server.stop(0)
+ended.wait()
+"""
+
+
+@pytest.mark.program
+@pytest.mark.parametrize("code", [RUNNING, DAEMON], ids=["running", "daemon"])
+def test_a_program_exits_cleanly_just_after_its_server_in_a_thread(tmp_path: Path, code: str) -> None:
+    """50 times: only now and then the thread is destroying its hub when Python finalizes."""
+    path = os.pathsep.join(
+        [str(HERE), str(Path(bridge.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", HEAD + code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stderr == ""
+    assert result.stdout.split() == ["0"] * 50

@@ -4,8 +4,9 @@ A leaf of the package. gevent keeps one hub for every native thread. bridge borr
 one that was there before. Two cases need care:
 
 - **A hub that bridge brought to life in a native thread** (pyftpdlib's `ThreadedFTPServer` starts one
-  thread for each session) is destroyed when that thread ends. gevent leaves that to whoever first used
-  gevent in the thread; without it every such session leaks two file descriptors (measured; gevent 26.9).
+  thread for each session) is destroyed when that thread ends, or earlier by `end`. gevent leaves that to
+  whoever first used gevent in the thread; without it every such session leaks two file descriptors
+  (measured; gevent 26.9).
 - **A forked child** inherits the parent's hub with the parent's watchers on it. Each guest drops its own;
   `replace` gives the child a hub of its own when it was forked in the middle of a turn, where going on
   with the inherited hub would resume the parent's greenlets in the child.
@@ -19,6 +20,7 @@ wait for the next event (gevent 26.9; measured on libev: 4 of 50 000 signals sen
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -52,8 +54,12 @@ class Guest(Protocol):
 #: a fork.
 lock = monkey.get_original("_thread", "RLock")()
 
+#: Seconds that the exit of the process waits for a thread that destroys its hub. That takes 0.1 ms, unless a
+#: call in the hub's own threadpool blocks: gevent waits for it.
+EXIT_TIMEOUT = 1.0
+
 _guests: weakref.WeakSet[Guest] = weakref.WeakSet()
-_watching_forks = False
+_watching_forks = _watching_exit = _exiting = False
 
 
 def welcome(guest: Guest) -> None:
@@ -77,7 +83,39 @@ def current() -> Any:
         hub = get_hub()
         if not hub.main_hub:
             _thread.undertaker = _Undertaker(hub)
+            _watch_exit()
     return hub
+
+
+def end() -> None:
+    """Destroy this native thread's hub now, if `current` made it; else do nothing. Idempotent.
+
+    For a thread that somebody waits for by a lock or an event: the finalizer comes after the thread's last
+    line, and `Thread.join()` alone waits for it. Call it in the thread's main greenlet.
+    """
+    undertaker = getattr(_thread, "undertaker", None)
+    if undertaker is not None:
+        undertaker.bury()
+
+
+def _watch_exit() -> None:
+    global _watching_exit
+    if not _watching_exit:
+        _watching_exit = True
+        atexit.register(_at_exit)
+
+
+def _at_exit() -> None:
+    """Wait for the thread that destroys its hub now, and let no other begin.
+
+    When Python finalizes, every other thread ends where it next asks for the GIL, by pthread_exit(), which
+    unwinds the C stack (CPython before 3.14). `Hub.destroy()` asks for it on the hub's stack, which lacks
+    frames of the greenlet that called it: memory is corrupted, and the process aborts (gevent 26.9).
+    """
+    global _exiting
+    _exiting = True
+    if lock.acquire(timeout=EXIT_TIMEOUT):
+        lock.release()
 
 
 def seconds_until(when: float) -> float:
@@ -219,7 +257,12 @@ class _Undertaker:
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # (a daemon thread outlives Python: nothing is left to bury with)
-            with lock:
+            self.bury()
+
+    def bury(self) -> None:
+        """Destroy the hub, unless somebody has or the process exits."""
+        with lock:
+            if not _exiting:
                 self._bury(self._hub)
 
     @staticmethod
