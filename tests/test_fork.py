@@ -126,13 +126,13 @@ print(status, flush=True)
 
 FORK_OF_A_PROGRAM_THAT_HEARS = """
 import ctypes
-from bridge.loop import hubs
+from bridge.loop import wakeups
 def pipe():
     writer = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     return os.fstat(writer).st_ino
 hub = gevent.get_hub()
-hubs.hear_signals(hub)
+wakeups.wake_on_signals(hub)
 parents = pipe()
 child = os.fork()
 signal.signal(signal.SIGUSR1, (lambda *args: None) if child else (lambda *args: os._exit(0)))

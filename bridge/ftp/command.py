@@ -38,7 +38,7 @@ from bridge.ftp.parts import (
     workers,
 )
 from bridge.ftp.start_lines import announcement, summary
-from bridge.loop import hear_signals, watch_hub
+from bridge.loop import wake_on_signals, watch_hub
 from bridge.server import ConfigError, signals
 
 #: What takes part in the application, in this order: modules with `add_options(parser)` and
@@ -92,7 +92,7 @@ def _serve(application: Application, announce: Callable[[], None]) -> None:
     for number, reactions in ((signal.SIGHUP, application.reload), (signal.SIGUSR1, application.rotate)):
         if reactions:
             signals.whenever(number, soon(signals.run_all, reactions))
-    cleanups = [hear_signals(hub), *(start() for start in application.services)]
+    cleanups = [wake_on_signals(hub), *(start() for start in application.services)]
     if application.options.max_blocking_time:
         cleanups.append(watch_hub(hub, application.options.max_blocking_time))
     announce()

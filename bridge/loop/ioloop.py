@@ -51,7 +51,7 @@ from pyftpdlib.ioloop import Acceptor, AsyncChat, asyncore
 from pyftpdlib.log import config_logging, is_logging_configured
 from pyftpdlib.log import logger as pyftpdlib_logger
 
-from bridge.loop import hubs
+from bridge.loop import hubs, wakeups
 from bridge.loop.monitor import LongWaits
 from bridge.loop.native_socket import native
 from bridge.loop.registration import READ, WRITE, Registration, close_quietly, end_session
@@ -102,7 +102,7 @@ class GeventIOLoop(_IOLoop):
         self._hub: Any = None
         self._turns: Turns
         self._long_waits: LongWaits
-        self._mailbox: hubs.Mailbox
+        self._mailbox: wakeups.Mailbox
         self._libev = False
         self._passes: Any = None  # libev's: a watcher that calls when all others of a pass have called
         self._runners: list[Waiter] = []  # greenlets inside loop()
@@ -110,7 +110,7 @@ class GeventIOLoop(_IOLoop):
         self._closed = False
         #: How often a listener has rested because accept() failed.
         self.accept_rests = 0
-        hubs.welcome(self)
+        hubs.register(self)
 
     # --- pyftpdlib's interface: channels
 
@@ -495,7 +495,7 @@ class GeventIOLoop(_IOLoop):
         self._long_waits = LongWaits(hub, self.long_wait)
         callbacks = (self._escape, self._on_quiet, self._long_waits.on_wait, self._on_pass)
         self._turns = Turns(hub, *callbacks, self._on_accept_error)
-        self._mailbox = hubs.Mailbox(hub)
+        self._mailbox = wakeups.Mailbox(hub)
         module = type(hub.loop).__module__
         self._libev = "libev" in module
         if module == "gevent.libev.corecext":  # (libev-cffi's watchers call in another order)
@@ -518,7 +518,9 @@ class GeventIOLoop(_IOLoop):
         in_a_turn = self._hub is not None and isinstance(current, Worker) and current.turns is self._turns
         self._detach()
         if in_a_turn:
-            hubs.replace()
+            # gevent lets Python's signal handlers run at once on its default loop only (libev/callbacks.c,
+            # gevent_check_signals); on this one a signal would wait for the next event.
+            wakeups.wake_on_signals(hubs.replace())
 
     def leave_hub(self, hub: Any) -> None:
         """The hub's thread ends; the loop may be run in another one."""
