@@ -176,7 +176,10 @@ def test_a_peer_that_vanishes_is_given_up(home: Path, state: str, attributes: An
     with serving(home, **attributes) as server, peer(server, state) as (client, data):
         hurry(server, "control", "data_channel", "_dtp_acceptor")
         for sock in filter(None, (client.sock, data)):
-            vanish(sock)
+            try:
+                vanish(sock)
+            except PermissionError:
+                pytest.skip("on this kernel, only root may attach a filter to a socket")
         assert_idle()
         eventually(lambda: not server.sessions())
 
