@@ -436,6 +436,14 @@ def test_where_a_thread_is_can_be_seen_from_another(others: int) -> None:
     assert "test_where_a_thread_is_can_be_seen_from_another" in [name for _, _, name in seen[0]]
 
 
+@pytest.mark.parametrize("name", ["größe.py", "日本.py", "\U0001f642.py"], ids=ascii)
+def test_a_file_is_named_whatever_its_name(name: str) -> None:
+    code = compile("def look():\n    return calls_in(this)", name, "exec")
+    named: dict[str, Any] = {"calls_in": calls_in, "this": _native_ident()}
+    exec(code, named)
+    assert (name, 2, "look") in named["look"]()
+
+
 def test_where_a_thread_is_can_be_seen_without_a_descriptor() -> None:
     with no_descriptors():
         (call,) = calls_in(_native_ident())

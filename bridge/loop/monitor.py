@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 #: A call that somebody is in: file, line, function.
 Call = tuple[str, int, str]
 _CALL = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+#: How faulthandler writes a character that is not ASCII (surrogates stay so: not every log can print them).
+_ESCAPED = re.compile(r"\\(?:x([0-9a-f]{2})|u(?!d[89a-f])([0-9a-f]{4})|U([0-9a-f]{8}))")
 
 #: Code that only passes a wait on: whose line it is stands further out.
 _PASSING = (
@@ -109,7 +111,9 @@ def calls_in(thread: int) -> list[Call]:
         dump = _dump()
     except OSError:
         dump = b""
-    for part in dump.decode("utf-8", "replace").split("\n\n"):
+    text = dump.decode("ascii", "replace")
+    text = _ESCAPED.sub(lambda found: chr(int(found[found.lastindex or 0], 16)), text)
+    for part in text.split("\n\n"):
         head, _, lines = part.partition("\n")
         calls = [(found[1], int(found[2]), found[3]) for found in _CALL.finditer(lines)]
         # (Who is about to start has its parent's number, and no calls.)
