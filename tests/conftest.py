@@ -18,6 +18,7 @@ import faulthandler
 import gc
 import site
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,20 @@ def short_path() -> Iterator[Path]:
     """A new directory for Unix sockets (support.py)."""
     with short_directory() as path:
         yield path
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A new directory that every user can enter. (pytest's are closed to others, and TMPDIR may be.)"""
+    places = [Path(each).resolve() for each in (tempfile.gettempdir(), "/tmp", "/var/tmp")]
+    for place in places:
+        if all(each.exists() and each.stat().st_mode & 0o001 for each in (place, *place.parents)):
+            break
+    else:
+        pytest.skip(f"not every user can reach one of {', '.join(map(str, places))}")
+    with tempfile.TemporaryDirectory(dir=place) as path:
+        os.chmod(path, 0o755)
+        yield Path(path)
 
 
 # --- nothing is left behind

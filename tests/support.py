@@ -37,7 +37,8 @@ PATIENCE = 20.0
 BUSY = 0.15
 
 
-def _has_ipv6() -> bool:
+def has_ipv6() -> bool:
+    """Whether this machine has the address ::1."""
     try:
         with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))
@@ -46,7 +47,7 @@ def _has_ipv6() -> bool:
     return True
 
 
-needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6 address ::1")
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 address ::1")
 
 
 def users(home: Any, authorizer: DummyAuthorizer | None = None, *names: str) -> DummyAuthorizer:

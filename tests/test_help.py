@@ -18,6 +18,7 @@ from pathlib import Path
 import options_table
 import pytest
 from cli import LIMIT, Command, certificate, environment, run
+from support import needs_ipv6
 
 import bridge.ftp.command
 from bridge.ftp.options import parser_of
@@ -155,8 +156,8 @@ def pasted(command: str, password: str = "") -> subprocess.CompletedProcess[str]
     [
         ([], ""),
         (["-i", "127.0.0.2"], ""),
-        (["-i", "::1"], ""),
-        (["-i", "::"], ""),
+        pytest.param(["-i", "::1"], "", marks=needs_ipv6),
+        pytest.param(["-i", "::"], "", marks=needs_ipv6),
         (["-u", "ada", "-P", "lovelace"], "lovelace"),
         (["-u", "it's ada & co", "-P", "pass word"], "pass word"),
         (["--tls", "-u", "ada", "-P", "lovelace", "--tls-control-required"], "lovelace"),

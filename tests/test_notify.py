@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import ftplib
 import os
-import pwd
 import re
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,13 +103,12 @@ def test_a_systemd_that_is_gone_is_no_error(tmp_path: Path, systemd: Systemd) ->
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_after_a_chroot_and_as_another_user_too(tmp_path: Path, systemd: Systemd) -> None:
-    with tempfile.TemporaryDirectory() as home:
-        os.chown(home, pwd.getpwnam("nobody").pw_uid, -1)
-        with Command("--user", "nobody", "--chroot", home, "-d", home, directory=tmp_path) as server:
-            assert systemd.message().startswith(f"READY=1\nSTATUS=serving {home} ")
-            server.stop()
-            assert systemd.message().startswith("STOPPING=1")
+def test_after_a_chroot_and_as_another_user_too(tmp_path: Path, open_path: Path, systemd: Systemd) -> None:
+    home = str(open_path)
+    with Command("--user", "nobody", "--chroot", home, "-d", home, directory=tmp_path) as server:
+        assert systemd.message().startswith(f"READY=1\nSTATUS=serving {home} ")
+        server.stop()
+        assert systemd.message().startswith("STOPPING=1")
 
 
 def test_a_socket_that_is_not_there_is_an_error(

@@ -1,6 +1,6 @@
 """--user and --chroot, as root on real processes: who serves then, what it may, and what it can still do.
 
-`nobody` must be able to reach the files, so they are not in pytest's directories, which are closed to it.
+`nobody` must be able to reach the files: they are in `open_path` (conftest.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import shutil
 import signal
 import ssl
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,19 +39,14 @@ GROUPS = sorted(os.getgrouplist("nobody", NOBODY.pw_gid))
 
 
 @pytest.fixture
-def jail() -> Iterator[Path]:
+def jail(open_path: Path) -> Path:
     """A directory that everybody may enter, with `pub` that is nobody's; and a file beside `pub`."""
-    path = Path(tempfile.mkdtemp())
-    try:
-        path.chmod(0o755)
-        (path / "outside.txt").write_text("outside")
-        pub = path / "pub"
-        pub.mkdir()
-        (pub / "hello.txt").write_text("hello")
-        os.chown(pub, NOBODY.pw_uid, NOBODY.pw_gid)
-        yield path
-    finally:
-        shutil.rmtree(path)
+    (open_path / "outside.txt").write_text("outside")
+    pub = open_path / "pub"
+    pub.mkdir()
+    (pub / "hello.txt").write_text("hello")
+    os.chown(pub, NOBODY.pw_uid, NOBODY.pw_gid)
+    return open_path
 
 
 @contextlib.contextmanager

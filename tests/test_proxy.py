@@ -20,7 +20,7 @@ import gevent.socket
 import pytest
 from cli import Command, certificate, run
 from pyftpdlib.handlers import FTPHandler
-from support import Client, encrypted, eventually, handler_class, users
+from support import Client, encrypted, eventually, handler_class, needs_ipv6, users
 
 from bridge import GeventFTPServer, GeventIOLoop
 
@@ -484,6 +484,7 @@ def test_a_session_that_is_closed_meanwhile_leaves_no_data_connection(tmp_path: 
             assert data.recv(1) == b""
 
 
+@needs_ipv6
 def test_a_socket_for_ipv6_makes_no_other_client(tmp_path: Path) -> None:
     """A dual-stack listener says ::ffff:127.0.0.5 of a client whom the balancer calls 127.0.0.5."""
     listener = socket.socket(socket.AF_INET6)
