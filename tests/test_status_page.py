@@ -127,7 +127,9 @@ def test_the_page_lives_with_its_script(tmp_path: Path) -> None:
             assert "not logged in" in texts(page, ".user")
         until(page, lambda: len(texts(page, "tbody tr")) == 1)
         assert page.execute_script("return window.sameDocument") is True
-        assert page.get_log("browser") == []
+        # (What Chromium says of its own new tab, as that the machine is slow, is nothing to us.)
+        said = [each for each in page.get_log("browser") if not each["message"].startswith("chrome://")]
+        assert said == []
 
 
 @needs_chromium
