@@ -14,6 +14,7 @@ import random
 import socket
 import ssl
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -48,6 +49,11 @@ def has_ipv6() -> bool:
 
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 address ::1")
+
+
+def has_utf8() -> bool:
+    """Whether this process can name files with any character: not in a locale such as de_DE (ISO 8859-1)."""
+    return sys.getfilesystemencoding() == "utf-8"
 
 
 def users(home: Any, authorizer: DummyAuthorizer | None = None, *names: str) -> DummyAuthorizer:

@@ -31,7 +31,7 @@ def make_parser() -> Parser:
 
 def options(path: Path, text: str, *argv: str) -> argparse.Namespace:
     path = path / "ftp.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return config.parse(make_parser, ["--config", str(path), *argv])
 
 

@@ -196,7 +196,7 @@ def test_banner_is_the_greeting(tmp_path: Path) -> None:
     ids=["latin-1", "default"],
 )
 def test_encoding_is_that_of_names_on_the_wire(tmp_path: Path, options: list[str], sent: bytes) -> None:
-    (tmp_path / "café.txt").write_bytes(b"coffee")
+    (tmp_path / os.fsdecode("café.txt".encode())).write_bytes(b"coffee")  # UTF-8, as for the program
     encoding = options[-1] if options else "utf-8"
     with Command(*options, directory=tmp_path) as server, log_in(server, encoding=encoding) as client:
         with client.transfercmd("NLST") as data:

@@ -503,7 +503,7 @@ def test_a_log_file_that_cannot_grow_is_waited_for_and_loses_nothing(tmp_path: P
 
 
 def read_all(path: Path) -> list[str]:
-    return path.read_text().splitlines()
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def test_what_was_put_is_written_when_it_is_flushed_or_closed(tmp_path: Path) -> None:
