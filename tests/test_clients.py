@@ -378,6 +378,8 @@ def test_lftp_mirrors_a_tree_down(tree: Path, local: Path) -> None:
     with Command(directory=tree) as server:
         lftp(server, f"mirror --parallel=3 / {quoted(local)}")
     assert_same_trees(tree, local)
+    for path in relative_paths(tree):
+        assert (local / path).stat().st_mode == (tree / path).stat().st_mode, path
 
 
 @needs_utf8
