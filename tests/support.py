@@ -36,6 +36,10 @@ from bridge import GeventFTPServer, GeventIOLoop
 PATIENCE = 20.0
 #: Seconds of CPU that the rest of something may take before all is idle. A spin takes them in no time.
 BUSY = 0.15
+#: For `pytest.mark.filterwarnings`: a test whose own process forks. It has threads, of conftest.py and of
+#: pytest-xdist; the child needs nothing that one of them may hold. Python warns from 3.12 on; from 3.15 on,
+#: os.fork() raises the warning if warnings are errors.
+FORKS_BESIDE_THREADS = "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
 
 
 def has_ipv6() -> bool:

@@ -21,7 +21,15 @@ from gevent import monkey
 from pyftpdlib.handlers import DTPHandler, FTPHandler, ThrottledDTPHandler
 from pyftpdlib.ioloop import AsyncChat
 from pyftpdlib.servers import FTPServer, MultiprocessFTPServer, ThreadedFTPServer
-from support import PATIENCE, handler_class, needs_ipv6, serving_in_thread, time_out, users
+from support import (
+    FORKS_BESIDE_THREADS,
+    PATIENCE,
+    handler_class,
+    needs_ipv6,
+    serving_in_thread,
+    time_out,
+    users,
+)
 
 from bridge import GeventIOLoop
 
@@ -386,6 +394,7 @@ def test_a_client_that_has_left_when_its_thread_begins(tmp_path: Path) -> None:
     assert left
 
 
+@pytest.mark.filterwarnings(FORKS_BESIDE_THREADS)
 def test_multiprocess_server(loop_class: Any, tmp_path: Path) -> None:
     if loop_class is not GeventIOLoop and monkey.is_module_patched("os"):
         pytest.skip("MultiprocessFTPServer on pyftpdlib's own loops does not stand patch_all()")

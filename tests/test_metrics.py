@@ -14,7 +14,7 @@ import pytest
 from fakes import Gate
 from gevent import monkey
 from scarcity import no_descriptors
-from support import Client, eventually, reset
+from support import FORKS_BESIDE_THREADS, Client, eventually, reset
 from webs import serving_site
 
 from bridge.filesystems.threads import THREADS, Threads
@@ -47,6 +47,7 @@ def test_a_counter_is_of_its_slot_and_others_see_it(counts: Counts) -> None:
     assert counts.columns()[1]["bytes_download"] == 0
 
 
+@pytest.mark.filterwarnings(FORKS_BESIDE_THREADS)
 def test_a_process_counts_for_all_and_goes_on_where_a_dead_one_stopped(counts: Counts) -> None:
     for expected in (1, 2):
         pid = os.fork()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from support import FORKS_BESIDE_THREADS
 
 from bridge.server.shared_table import KEY, Full, SharedTable
 
@@ -29,6 +30,7 @@ def in_a_child(function: object) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+@pytest.mark.filterwarnings(FORKS_BESIDE_THREADS)
 def test_what_a_process_adds_the_others_see(table: SharedTable) -> None:
     assert table.add("192.0.2.1", 1, slot=0) == 1
     in_a_child(lambda: table.add("192.0.2.1", 2, slot=1))
@@ -38,6 +40,7 @@ def test_what_a_process_adds_the_others_see(table: SharedTable) -> None:
     assert list(table.items()) == [("192.0.2.1", (0, 2, 0))]
 
 
+@pytest.mark.filterwarnings(FORKS_BESIDE_THREADS)
 def test_nothing_is_lost_between_processes(table: SharedTable) -> None:
     def count(slot: int) -> None:
         for _ in range(2000):
