@@ -48,7 +48,20 @@ class Handler(FTPHandler):
         gevent.sleep(0.001)
     def ftp_SYST(self, line):
         self.respond(f"215 {os.getpid()}")
-server = FTPServer(("127.0.0.1", 0), handler_class(users(home), Handler), ioloop=GeventIOLoop())
+# The test ends all three by SIGINT. Python drops a KeyboardInterrupt that is raised during a fork, so each
+# says when it has forked. Without hear_signals(), a hub that is about to wait would notice the signal at its
+# next event only.
+from bridge.hubs import hear_signals
+class Loop(GeventIOLoop):
+    def loop(self, *args, **kwargs):
+        hear_signals(gevent.get_hub())
+        print("serves", flush=True)
+        super().loop(*args, **kwargs)
+def wait_for_children(wait=os.wait):
+    print("waits", flush=True)
+    return wait()
+os.wait = wait_for_children
+server = FTPServer(("127.0.0.1", 0), handler_class(users(home), Handler), ioloop=Loop())
 print(server.address[1], flush=True)
 server.serve_forever(worker_processes=2)
 """
@@ -216,6 +229,12 @@ def test_worker_processes(tmp_path: Path, patching: str, hub: str) -> None:
             }
         with program.client() as one, program.client() as two:
             assert one.pwd() == two.pwd() == "/"
+        assert program.process.stdout is not None
+        assert sorted(program.process.stdout.readline() for _ in range(3)) == [
+            "serves\n",
+            "serves\n",
+            "waits\n",
+        ]
 
 
 @pytest.mark.parametrize(
