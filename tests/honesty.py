@@ -17,11 +17,12 @@ a busy machine it names greenlets that did nothing but stand in the kernel's que
 | this thread in the kernel's queue for a processor | no |
 | another thread in that queue, which may hold the GIL: nothing tells whether it does | no |
 | a processor that the hypervisor lends to others (steal) | no |
+| in a forked child, the stretch that began in its parent | no |
 
-On a machine that is not busy the last three are next to nothing. On one that is, a block may go unnoticed,
-but nothing is called a block that is none. Of a stretch of the hub only its CPU time counts, since it waits
-for events: watchers' callbacks that sleep are not seen, those that compute are. CPU time alone counts, too,
-where there is no /proc: on other systems than Linux.
+On a machine that is not busy the three before the last are next to nothing. On one that is, a block may go
+unnoticed, but nothing is called a block that is none. Of a stretch of the hub only its CPU time counts, since
+it waits for events: watchers' callbacks that sleep are not seen, those that compute are. CPU time alone
+counts, too, where there is no /proc: on other systems than Linux.
 
 **Who counts**: the hub, workers, and greenlets that somebody else than a test has spawned (servers, web
 requests, ends of connections). The main greenlet and those that tests spawn are the clients; in a program,
@@ -161,6 +162,8 @@ class Watch:
         #: When the greenlet that runs was switched to (`time.perf_counter()`), and this thread's CPU seconds
         #: then.
         self._entered = self._used = 0.0
+        #: The process that it was switched to in. A child's clocks and threads are others than its parent's.
+        self._process = os.getpid()
         #: Seconds that were spent with collecting garbage since then, and when the last time began.
         self._collected = self._collecting = 0.0
         #: The last reading of `queued`, and when.
@@ -197,6 +200,7 @@ class Watch:
         self._queued = queued()
         self._entered = self._read = time.perf_counter()
         self._used = time.thread_time()
+        self._process = os.getpid()
         self._running = greenlet.getcurrent()
         self._previous = greenlet.settrace(self._on_switch)
         if self._collector:
@@ -217,11 +221,13 @@ class Watch:
             self._previous(event, args)  # the monitor's
         origin, target = args
         now = time.perf_counter()
-        if now - self._entered > LIMIT and counts(origin):
+        process = os.getpid()
+        if now - self._entered > LIMIT and process == self._process and counts(origin):
             self._measure(origin, now, *seen)
         if target is not self._hub and now - self._read > FRESH:
             self._queued = queued()
             self._read = time.perf_counter()
+        self._process = process
         self._running = target
         self._collected = 0.0
         self._used = time.thread_time()

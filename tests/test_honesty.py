@@ -99,6 +99,29 @@ def test_client_blocks(tmp_path):
 def test_program_waits(tmp_path):
     code = "import gevent; gevent.spawn(gevent.sleep, 0.06).join()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+def test_program_forks(tmp_path):
+    subprocess.run([sys.executable, "forks.py"], check=True, timeout=60)
+"""
+
+#: Parent and child block for 30 ms each.
+FORKS = """
+import os, time
+import gevent, gevent.socket
+
+def fork():
+    for _ in range(10):  # the monitor does not see each of them
+        reader, writer = os.pipe()
+        time.sleep(0.03)
+        if os.fork() == 0:
+            time.sleep(0.03)
+            gevent.sleep(0)
+            os._exit(0)
+        os.close(writer)
+        gevent.socket.wait_read(reader)
+        os.wait()
+
+gevent.spawn(fork).join()
 """
 
 
@@ -108,6 +131,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("cases")
     (directory / "test_cases.py").write_text(COMPUTE + CASES)
     (directory / "program.py").write_text(f"{COMPUTE}\nimport gevent\ngevent.spawn(compute, 0.06).join()\n")
+    (directory / "forks.py").write_text(FORKS)
     options = ["-c", str(HERE.parent / "pyproject.toml"), "--rootdir", ".", "-p", "conftest"]
     options += ["-p", "no:xdist", "--junitxml", "junit.xml"]
     inherited = environment()
@@ -155,6 +179,7 @@ def test_what_blocks_for_60_ms_fails(outcomes: dict[str, str], case: str, who: s
         "test_collects_garbage",
         "test_client_blocks",
         "test_program_waits",
+        "test_program_forks",
     ],
 )
 def test_what_does_not_passes(outcomes: dict[str, str], case: str) -> None:
