@@ -15,7 +15,8 @@ if "BRIDGE_TEST_BLOCKS" in os.environ and "--chroot" not in sys.orig_argv:
     import gevent
     import gevent.events
 
-    _file = open(os.environ["BRIDGE_TEST_BLOCKS"], "a")  # noqa: SIM115  (for the life of the process)
+    # For the life of the process. (No file object: Python would warn at its end that nobody has closed it.)
+    _fd = os.open(os.environ["BRIDGE_TEST_BLOCKS"], os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def _on_event(event: object) -> None:
         if isinstance(event, gevent.events.PeriodicMonitorThreadStartedEvent):
@@ -29,7 +30,7 @@ if "BRIDGE_TEST_BLOCKS" in os.environ and "--chroot" not in sys.orig_argv:
             watch.start()
 
     def _write(block: object) -> None:
-        print(f"{' '.join(sys.orig_argv)[:200]}: {block}", file=_file, flush=True)
+        os.write(_fd, f"{' '.join(sys.orig_argv)[:200]}: {block}\n".encode(errors="surrogateescape"))
 
     gevent.config.monitor_thread = True
     gevent.events.subscribers.append(_on_event)
