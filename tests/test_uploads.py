@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -341,6 +342,7 @@ def test_a_server_that_starts_while_a_file_is_made_does_no_harm(tmp_path: Path) 
 
 
 @pytest.mark.program
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_what_a_crash_leaves_is_removed_at_the_next_start(tmp_path: Path) -> None:
     options = ("-w", "--atomic-uploads")
     with Command(*options, directory=tmp_path) as server:
