@@ -60,9 +60,9 @@ def test_a_module_that_moved_says_where_to(module: str) -> None:
 
 
 def test_importing_bridge_has_no_effects() -> None:
-    """No hub, no patching, no log handler, no changed pyftpdlib, no `bridge.ftp`, no fork hook."""
+    """No hub, patch, log handler, change of pyftpdlib, `bridge.ftp`, fork hook or process."""
     code = """
-import logging, os, sys
+import logging, multiprocessing, os, psutil, sys
 hooks = []
 os.register_at_fork = lambda **kwargs: hooks.append(kwargs)
 import gevent.monkey, gevent._hub_local, pyftpdlib.ioloop
@@ -74,6 +74,8 @@ assert pyftpdlib.ioloop.IOLoop is own
 assert not logging.getLogger("bridge").handlers and not logging.getLogger("bridge.loop.ioloop").handlers
 assert "bridge.ftp" not in sys.modules
 assert not [kwargs for kwargs in hooks if "bridge" in repr(kwargs)]
+assert not psutil.Process().children()
+assert multiprocessing.get_start_method() == multiprocessing.get_all_start_methods()[0]  # the default
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=60)
 

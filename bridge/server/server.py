@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import multiprocessing
 import os
 import traceback
 from collections import Counter
@@ -34,13 +35,28 @@ import gevent
 from gevent import getcurrent, monkey
 from gevent.event import Event
 from pyftpdlib.log import logger as pyftpdlib_logger
-from pyftpdlib.servers import FTPServer
 
 from bridge.loop import GeventIOLoop, close_quietly, current_session, hubs
 from bridge.server import listeners
 from bridge.server.drain import FAREWELL, KILL_GRACE, Drain, StopReport
 from bridge.server.sessions import ClientSession, snapshot
 from bridge.session import prepared
+
+# pyftpdlib.servers creates two locks of multiprocessing when it is imported (pyftpdlib 2.2), for its
+# MultiprocessFTPServer, which always forks. With the start method "forkserver", the default from Python 3.14
+# on, a lock starts a process, the resource tracker, and has a file that is removed at exit, which fails after
+# --user or --chroot. So the method is "fork" during this import. A method that the program has set stays.
+_set_method = (
+    multiprocessing.get_start_method(allow_none=True) is None
+    and multiprocessing.get_all_start_methods()[0] == "forkserver"
+)
+if _set_method:
+    multiprocessing.set_start_method("fork")
+try:
+    from pyftpdlib.servers import FTPServer
+finally:
+    if _set_method:
+        multiprocessing.set_start_method(None, force=True)
 
 log = logging.getLogger(__name__)
 

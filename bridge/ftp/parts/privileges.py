@@ -39,7 +39,8 @@ from bridge.ftp.options import UsageError
 #: hosts, a session's process, the hub's monitor and its reports. Found by comparing sys.modules at the start
 #: and the end, and by looking for imports in functions.
 LATE_MODULES = (
-    *("_strptime", "encodings.idna", "multiprocessing.connection", "multiprocessing.popen_fork"),
+    *("_strptime", "encodings.idna"),
+    *("multiprocessing.connection", "multiprocessing.popen_fork", "multiprocessing.resource_tracker"),
     *("gevent._monitor", "gevent._tracer", "gevent.local", "gevent.resolver.thread", "gevent.threadpool"),
     "gevent.util",
 )
