@@ -137,6 +137,10 @@ def _with_choice(message: str) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse's parser, whose errors are one line, without the usage, and suggest the nearest name."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.suggest_on_error = False  # Python 3.15 suggests a choice by itself, in other words
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse."""
         options, unknown = self.parse_known_args(args, namespace)
