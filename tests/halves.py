@@ -6,6 +6,8 @@ REPORTS; what the second has printed comes when the first has ended. Fails if on
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,13 @@ from pathlib import Path
 def main(reports: str, *options: str) -> int:
     """The worse one of the two exit codes."""
     files = sorted(str(path) for path in Path(__file__).parent.glob("test_*.py"))
+    # This Python's, also where its environment is not activated. (Not `python -m pytest`, which would find
+    # the package in the checkout first.)
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    pytest = shutil.which("pytest", path=path) or sys.exit("halves.py: pytest is not installed")
     first, second = (
-        # (Not `python -m pytest`, which would find the package in the checkout first.)
         subprocess.Popen(
-            ["pytest", *options, f"--junitxml={reports}/junit-{number}.xml", *files[number::2]],
+            [pytest, *options, f"--junitxml={reports}/junit-{number}.xml", *files[number::2]],
             stdout=subprocess.PIPE if number else None,
             stderr=subprocess.STDOUT if number else None,
         )
