@@ -22,29 +22,27 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gevent
-import honesty
 import psutil
 import pytest
 from gevent import monkey
 from gevent.util import format_run_info
 from pyftpdlib.ioloop import IOLoop
-from support import short_directory
 
 import bridge.web.auth
 from bridge import GeventIOLoop
 from bridge.loop.turns import Worker
+from support import honesty
+from support.effort import Effort
+from support.servers import short_directory
 
 #: Seconds in which a native thread that was joined, or that ends by itself, is gone, and what it had opened.
 GONE = 10.0
 
 #: Seconds after which a test counts as hanging.
 HANG = 120.0
-
-#: What tests/proof is asked for: seconds of a test, minutes, or hours.
-Effort = Literal["short", "proof", "long"]
 
 _start_native_thread = monkey.get_original("_thread", "start_new_thread")
 _native_lock = monkey.get_original("_thread", "allocate_lock")
@@ -110,7 +108,7 @@ def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def short_path() -> Iterator[Path]:
-    """A new directory for Unix sockets (support.py)."""
+    """A new directory for Unix sockets (support/servers.py)."""
     with short_directory() as path:
         yield path
 

@@ -1,4 +1,4 @@
-"""The guard of tests/honesty.py: what blocks the hub for 60 ms fails a test, and nothing else does.
+"""The guard of tests/support/honesty.py: what blocks the hub for 60 ms fails a test, and nothing else does.
 
 The cases stand in a file of their own, which a pytest of its own runs under our conftest.py.
 """
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import gevent
 import pytest
-from cli import environment
-from honesty import counts, queued_since
 
 from bridge.loop.turns import Turns, Worker
+from support.cli import environment
+from support.honesty import counts, queued_since
 
 HERE = Path(__file__).parent
 
@@ -33,9 +33,9 @@ def compute(seconds, enough=lambda: True):
 CASES = """
 import gc, subprocess, sys
 import conftest, gevent, pytest
-from honesty import queued_since
+from support.honesty import queued_since
 from pyftpdlib.handlers import FTPHandler
-from support import Client, handler_class, started, users
+from support.servers import Client, handler_class, started, users
 
 watch = conftest._watch
 

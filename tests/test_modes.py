@@ -28,8 +28,8 @@ logging.getLogger("bridge").setLevel(logging.DEBUG)
 
 import tempfile
 import gevent
-from fakes import Gate, WaitingAuthorizer
-from support import Client, handler_class, serving, users
+from support.fakes import Gate, WaitingAuthorizer
+from support.servers import Client, handler_class, serving, users
 
 with tempfile.TemporaryDirectory() as home:
     gate = Gate()

@@ -19,9 +19,9 @@ from gevent.hub import Hub
 from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.handlers.ftp.producers import FileProducer
 from pyftpdlib.servers import FTPServer
-from support import Client, eventually, handler_class, serving, users
 
 import bridge
+from support.servers import Client, eventually, handler_class, serving, users
 
 PACKAGE = Path(bridge.__file__).parent
 

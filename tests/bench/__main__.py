@@ -39,7 +39,7 @@ MODES = (True, False)
 def _certificate(directory: Path) -> str:
     """A certificate for the TLS rows, or "" if cryptography is not installed."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
-    from cli import certificate
+    from support.cli import certificate
 
     try:
         return str(certificate(directory))

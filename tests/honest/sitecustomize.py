@@ -22,7 +22,7 @@ if "BRIDGE_TEST_BLOCKS" in os.environ and "--chroot" not in sys.orig_argv:
         if isinstance(event, gevent.events.PeriodicMonitorThreadStartedEvent):
             sys.path.append(os.path.dirname(os.path.dirname(__file__)))
             try:
-                import honesty
+                from support import honesty
             finally:
                 sys.path.pop()
             watch = honesty.Watch(event.monitor.hub, _write)

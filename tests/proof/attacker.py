@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from cli import LIMIT, Command
-
 from bridge.users.file import Hash
+from support.cli import LIMIT, Command
 
 #: What no attack may bring home.
 SECRET = b"the-secret-of-somebody-else"

@@ -19,9 +19,10 @@ from typing import Any
 import gevent
 import gevent.socket
 import gevent.ssl
-from legal import CONNECTS, ENDS, FIRST, GOING, HASHES, first_codes, name_of
-from support import PATIENCE, encrypted
-from tree import Tree, Upload, absolute
+
+from proof.legal import CONNECTS, ENDS, FIRST, GOING, HASHES, first_codes, name_of
+from proof.tree import Tree, Upload, absolute
+from support.servers import PATIENCE, encrypted
 
 #: Commands whose reply may come when others have had theirs: what is owed then, and its codes.
 LATE = {

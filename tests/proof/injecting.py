@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from cli import LIMIT
+from support.cli import LIMIT
 
 _LINE = re.compile(r"(?:\d+ +)?(?P<name>\w+)\((?P<rest>.*)")
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import gevent.socket
 import gevent.ssl
-from legal import name_of
 from pyftpdlib.handlers import FTPHandler
-from sequences import await_or_fail
-from support import PATIENCE, encrypted
 
 from bridge.session.data import TransferMixin
+from proof.legal import name_of
+from proof.sequences import await_or_fail
+from support.servers import PATIENCE, encrypted
 
 #: No server knows this command. Its reply comes when everything before has been replied to.
 FENCE = "FENCE"

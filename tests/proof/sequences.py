@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
-from conftest import Effort
 from hypothesis import HealthCheck, Phase, settings
-from support import eventually
+
+from support.effort import Effort
+from support.servers import eventually
 
 
 @contextlib.contextmanager

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ftps_clients import Authority
-from grammar import TREE
-
 import bridge.ftp.command
 from bridge.ftp.options import parser_of
+from proof.grammar import TREE
+from support.ftps_clients import Authority
 
 #: Bytes that user u may store: more than a sequence does mostly, but not always.
 QUOTA = 400_000

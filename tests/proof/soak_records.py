@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soak_client import content, digest
-
 from bridge.filesystems.atomic import is_hidden
 from bridge.logs.records import _word
+from proof.soak_client import content, digest
 
 
 @dataclass

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from cli import certificate
-from soak_client import LARGE, SIZES, USERS, content
-
 from bridge.users.file import Hash
+from proof.soak_client import LARGE, SIZES, USERS, content
+from support.cli import certificate
 
 #: A password's hash that costs nothing: what it costs is not what these tests are about.
 CHEAP = Hash(4, 1, 1, b"0123456789abcdef", hashlib.scrypt(b"p", salt=b"0123456789abcdef", n=16, r=1, p=1))

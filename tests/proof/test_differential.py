@@ -20,20 +20,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grammar
 import hypothesis.strategies as st
 import pytest
-from cli import certificate
-from conftest import Effort
 from hypothesis import given
-from legal import name_of
-from peer import Peer, Step
 from pyftpdlib.handlers import TLS_FTPHandler
 from pyftpdlib.ioloop import IOLoop
-from sequences import sequences, settings_of
-from served import fill, tree_of
-from support import handler_class, serving, serving_in_thread, started, users
-from tree import differences
+
+from proof import grammar
+from proof.legal import name_of
+from proof.peer import Peer, Step
+from proof.sequences import sequences, settings_of
+from proof.served import fill, tree_of
+from proof.tree import differences
+from support.cli import certificate
+from support.effort import Effort
+from support.servers import handler_class, serving, serving_in_thread, started, users
 
 #: pyftpdlib leaves it to the collector to close the files of transfers that never begin.
 UNCLOSED = "ignore:unclosed file <.*/(pyftpdlib|loop)/:ResourceWarning"

@@ -3,8 +3,8 @@
     pytest tests/proof/test_faults.py [--proof | --long]
 
 strace (injecting.py) is attached to a running `python -m bridge.ftp` and makes one call fail, the first, the
-second, ... of its kind, or several in a row (a storm), while clients (victims.py) log in, transfer files and
-change them. What holds whatever fails:
+second, ... of its kind, or several in a row (a storm), while clients (fault_clients.py) log in, transfer
+files and change them. What holds whatever fails:
 
 - The server lives: when strace has left, a new session transfers a file there and back.
 - Others do not notice: a session that is idle, one that downloads and one that uploads go on.
@@ -32,12 +32,12 @@ from typing import Any
 
 import psutil
 import pytest
-from cli import LIMIT, Command, certificate
-from conftest import Effort
-from injecting import Call, Tracer, unavailable
-from victims import CONTENT, OLD, SOURCE, Bystander, Client, Victim
 
 from bridge.users.file import Hash
+from proof.fault_clients import CONTENT, OLD, SOURCE, Bystander, Client, Victim
+from proof.injecting import Call, Tracer, unavailable
+from support.cli import LIMIT, Command, certificate
+from support.effort import Effort
 
 pytestmark = pytest.mark.program
 
@@ -52,7 +52,7 @@ class Fault:
     call: str
     #: With these errors, the likeliest first.
     errors: str
-    #: In which of the scripts of victims.py.
+    #: In which of the scripts of fault_clients.py.
     script: str = "transfers"
     #: What strace must print of those that are made to fail.
     only: str = ""

@@ -20,17 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import gevent
-import grammar
 import hypothesis.strategies as st
 import psutil
 import pytest
-from conftest import Effort
-from driver import Driver
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
-from sequences import await_or_fail, no_more, sequences, settings_of
-from served import QUOTA, Served, fill, served, tree_of
-from support import eventually
-from tree import Tree, differences
+
+from proof import grammar
+from proof.driver import Driver
+from proof.sequences import await_or_fail, no_more, sequences, settings_of
+from proof.served import QUOTA, Served, fill, served, tree_of
+from proof.tree import Tree, differences
+from support.effort import Effort
+from support.servers import eventually
 
 _this = psutil.Process()
 

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import hypothesis.strategies as st
 import pyftpdlib.ioloop
 import pytest
-from conftest import Effort
 from gevent import GreenletExit, Timeout, monkey
 from greenlet import getcurrent, greenlet
 from hypothesis import HealthCheck, settings
@@ -37,6 +36,7 @@ import bridge.loop.turns
 from bridge import GeventIOLoop
 from bridge.loop import hubs
 from bridge.loop.turns import Interrupt
+from support.effort import Effort
 
 READ = 1
 

@@ -12,23 +12,23 @@ Paths
     -> test_security.test_no_path_leads_out
   symbolic links out of the home, STOU's too         CVE-2008-7262 (pyftpdlib)
     550. STOU is pyftpdlib's. FTP has no command that makes links.
-    -> test_security.test_no_path_leads_out, test_users.test_no_command_leaves_the_home
-    -> test_strict.test_stou_stays_in_the_home
+    -> test_security.test_no_path_leads_out, test_authorizer.test_no_command_leaves_the_home
+    -> test_hardening.test_stou_stays_in_the_home
   a link swapped in between look and deed
     With --users the deed is done on what was looked at (filesystems/jail.py). Without, whoever can write to
     the directory by other ways than FTP wins.
     -> test_security.test_a_race_with_a_link_is_never_won
-    -> test_users.test_a_link_swapped_in_after_the_check_leads_nowhere
+    -> test_jail.test_a_link_swapped_in_after_the_check_leads_nowhere
   RNFR in one home, RNTO in another
     A new login forgets RNFR.
     -> test_security.test_a_rename_does_not_cross_homes
   NUL in a path                                      (pyftpdlib's: the session ends, with a traceback)
     501.
-    -> test_strict.test_a_nul_is_refused_and_the_session_goes_on
+    -> test_hardening.test_a_nul_is_refused_and_the_session_goes_on
   SITE EXEC, SITE CPFR, SITE CHMOD 4777              CVE-2015-3306 (ProFTPD)
     There are no such commands. CHMOD sets no set-user-id.
     -> test_security_data.test_site_runs_and_copies_nothing
-    -> test_strict.test_chmod_lends_nobody_the_servers_identity
+    -> test_hardening.test_chmod_lends_nobody_the_servers_identity
   patterns that expand                               CVE-2001-1501, CVE-2011-0762, CVE-2011-0418
     Nothing is expanded.
     -> test_security_data.test_patterns_are_names
@@ -39,8 +39,8 @@ Data connections
     -> test_security_data.test_data_goes_to_nobody_else, test_security_data.test_no_other_host_is_connected_to
   somebody else at the passive port                  CVE-1999-0351
     Is closed at once; the client gets its data, and no reply for what others do (pyftpdlib's: a 425).
-    -> test_strict.test_a_stranger_at_the_passive_port_is_no_reply
-    -> test_security_data.test_a_thief_gets_nothing, test_proxy.test_data_from_another_client_is_refused
+    -> test_hardening.test_a_stranger_at_the_passive_port_is_no_reply
+    -> test_security_data.test_a_thief_gets_nothing, test_protocol.test_data_from_another_client_is_refused
     -> test_security_data.test_a_thief_gets_nothing_from_pyftpdlib_s_server
   ... from the same address
     With --require-session-reuse only the client's TLS session; without, whoever is first.
@@ -51,7 +51,7 @@ Data connections
   taking all passive ports
     425 for others until a port is free again, after 30 s at most. An address can take --max-cons-per-ip.
     -> test_security_limits.test_one_address_does_not_get_all_passive_ports
-    -> test_shortage.test_all_passive_ports_in_use_is_425_and_no_content_is_mixed_up
+    -> test_resource_exhaustion.test_all_passive_ports_in_use_is_425_and_no_content_is_mixed_up
   a running transfer given another's file            (pyftpdlib's)
     503.
     -> test_peers.test_a_transfer_is_not_mixed_up_with_another
@@ -59,7 +59,7 @@ Data connections
 Names
   line breaks in replies and listings                (pyftpdlib's)
     `?`. Quotes in 257 are doubled (RFC 959).
-    -> test_strict.test_a_name_adds_no_line_to_replies_and_listings
+    -> test_hardening.test_a_name_adds_no_line_to_replies_and_listings
     -> test_security_data.test_quotes_are_doubled
   forged lines of logs and xferlog, escape sequences
     Escaped.
@@ -67,7 +67,7 @@ Names
     -> test_logs.test_the_lines_of_a_traceback_are_indented_in_text_and_a_field_in_json
   script in the status page
     Escaped, and a Content-Security-Policy. No label of a metric is a name that clients choose.
-    -> test_web.test_names_are_escaped_wherever_they_stand, test_security_data.test_names_are_no_labels
+    -> test_app.test_names_are_escaped_wherever_they_stand, test_security_data.test_names_are_no_labels
 
 Logins
   guessing passwords                                 RFC 2577, 5; CVE-2008-7263, CVE-2007-6737 (pyftpdlib)
@@ -75,26 +75,26 @@ Logins
     nobody is thrown out for a neighbour. New ones from a banned address (IPv6: /64) are refused, to
     neighbours, too.
     -> test_bans.test_the_reply_takes_twice_as_long_each_time
-    -> test_ftp.test_max_login_attempts_ends_the_session
+    -> test_command.test_max_login_attempts_ends_the_session
     -> test_bans.test_the_command_bans_at_connect_in_all_processes
     -> test_bans.test_who_is_banned_gets_421_in_sessions_that_exist_too_but_not_after_a_login
     -> test_bans.test_a_full_table_bans_nobody_and_is_said_once
-    -> test_strict.test_auth_wins_no_time_and_no_attempts
+    -> test_hardening.test_auth_wins_no_time_and_no_attempts
   finding out who exists                             RFC 2577, 7
     The same replies, at the same cost.
     -> test_security_limits.test_unknown_users_hear_the_same
-    -> test_users.test_every_login_takes_one_scrypt_of_the_same_cost
+    -> test_authorizer.test_every_login_takes_one_scrypt_of_the_same_cost
   never logging in
     `--timeout` counts from the connection on, not from the last command (pyftpdlib's).
     -> test_security_limits.test_who_does_not_log_in_has_no_longer_than_the_timeout
-    -> test_strict.test_commands_win_no_time_to_log_in
-    -> test_strict.test_a_login_that_waits_is_not_too_late
+    -> test_hardening.test_commands_win_no_time_to_log_in
+    -> test_hardening.test_a_login_that_waits_is_not_too_late
 
 Time and memory
   the rest of a long command obeyed                  CVE-2008-4247 (BSD's ftpd; pyftpdlib's)
     Thrown away.
-    -> test_strict.test_the_rest_of_a_command_that_is_too_long_is_no_command
-    -> test_strict.test_the_command_is_strict_whatever_the_concurrency
+    -> test_hardening.test_the_rest_of_a_command_that_is_too_long_is_no_command
+    -> test_hardening.test_the_command_is_strict_whatever_the_concurrency
   commands without an end, replies nobody reads      CVE-2007-6739 (pyftpdlib)
     Take no memory.
     -> test_security_limits.test_what_has_no_end_takes_no_memory
@@ -105,8 +105,8 @@ Time and memory
     Count for --max-cons-per-ip before they say anything.
     -> test_security_limits.test_silent_connections_count
     -> test_workers.test_limits_hold_for_all_workers_together
-    -> test_ftps.test_a_client_that_does_not_go_on_costs_nothing_and_is_closed
-    -> test_web.test_a_client_that_says_nothing_loses_its_place
+    -> test_transport.test_a_client_that_does_not_go_on_costs_nothing_and_is_closed
+    -> test_app.test_a_client_that_says_nothing_loses_its_place
   connections closed before they are accepted        CVE-2010-3494 (pyftpdlib)
     Nothing happens.
     -> test_security_limits.test_connections_that_are_gone_at_once
@@ -116,8 +116,9 @@ Time and memory
     -> test_security_limits.test_rest_makes_no_holes
   PROXY headers that are none, or not to be believed
     The connection is closed.
-    -> test_proxy.test_what_is_no_header_is_an_error, test_proxy.test_a_header_that_trickles_in_has_no_longer
-    -> test_proxy.test_a_header_from_elsewhere_is_not_believed
+    -> test_protocol.test_what_is_no_header_is_an_error
+    -> test_protocol.test_a_header_that_trickles_in_has_no_longer
+    -> test_protocol.test_a_header_from_elsewhere_is_not_believed
 
 TLS
   commands in the clear behind AUTH                  CVE-2011-0411, CVE-2011-1575 (Pure-FTPd; pyftpdlib's)
@@ -126,10 +127,10 @@ TLS
     -> test_peers.test_what_follows_auth_tls_in_the_clear_is_dropped_and_does_not_spin
   a login in the clear that lives on in TLS          RFC 2228 (pyftpdlib's)
     One logs in anew.
-    -> test_strict.test_after_auth_one_logs_in_anew
+    -> test_hardening.test_after_auth_one_logs_in_anew
   going back to the clear: CCC, PROT C, plain data
     Refused with --tls-required. Where PROT P holds, a plain data connection gets nothing.
-    -> test_security_limits.test_tls_is_not_left, test_strict.test_prot_c_does_not_get_around_tls
+    -> test_security_limits.test_tls_is_not_left, test_hardening.test_prot_c_does_not_get_around_tls
     -> test_tls.test_tls_required_is_for_control_or_data_connections_or_both
   renegotiation, old versions                        CVE-2009-3555
     Refused.
@@ -138,12 +139,12 @@ TLS
 Status page
   other methods and paths, other pages' forms, names that are made to point here, too much
     Refused.
-    -> test_web.test_there_is_nothing_else, test_web.test_other_methods_are_refused
-    -> test_web.test_what_another_page_sends_is_refused_even_with_password_and_token
-    -> test_web.test_without_a_password_no_name_of_the_internet_can_point_at_the_page
-    -> test_web.test_with_a_password_the_page_is_for_those_who_have_it, test_web.test_a_form_has_a_size
-    -> test_web.test_without_a_password_the_page_is_on_loopback_only
-    -> test_web.test_without_the_token_nothing_happens
+    -> test_app.test_there_is_nothing_else, test_app.test_other_methods_are_refused
+    -> test_app.test_what_another_page_sends_is_refused_even_with_password_and_token
+    -> test_app.test_without_a_password_no_name_of_the_internet_can_point_at_the_page
+    -> test_app.test_with_a_password_the_page_is_for_those_who_have_it, test_app.test_a_form_has_a_size
+    -> test_app.test_without_a_password_the_page_is_on_loopback_only
+    -> test_app.test_without_the_token_nothing_happens
 """
 
 from __future__ import annotations
@@ -158,9 +159,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from attacker import CHEAP, SECRET, Attacker, state_of
-from cli import LIMIT, Command
-from conftest import Effort
+
+from proof.attacker import CHEAP, SECRET, Attacker, state_of
+from support.cli import LIMIT, Command
+from support.effort import Effort
 
 pytestmark = pytest.mark.program
 
@@ -176,8 +178,8 @@ def test_the_table_above_is_true(file: str) -> None:
     """Every test in it exists, and every test of these files is in it."""
     named = {tuple(name.split(".")) for name in re.findall(r"\btest_\w+\.test_\w+", __doc__ or "")}
     for module, name in named:
-        (path,) = [each for each in (HERE, HERE.parent) if (each / f"{module}.py").exists()]
-        assert name in _tests_of(path / f"{module}.py"), (module, name)
+        paths = HERE.parent.rglob(f"{module}.py")
+        assert any(name in _tests_of(path) for path in paths), (module, name)
     missing = _tests_of(HERE / file) - {name for module, name in named if f"{module}.py" == file}
     assert missing <= {"test_the_table_above_is_true"}
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import gevent.socket
 import pytest
-from attacker import HASTY, SECRET, Attacker, until_closed
-from cli import LIMIT, Command
-from support import PATIENCE, Client, handler_class, serving, users
+
+from proof.attacker import HASTY, SECRET, Attacker, until_closed
+from support.cli import LIMIT, Command
+from support.servers import PATIENCE, Client, handler_class, serving, users
 
 pytestmark = pytest.mark.program
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from attacker import CHEAP, HASTY, SECRET, Attacker, until_closed
-from cli import LIMIT, Command
-from conftest import Effort
-from ftps_clients import FTPS
-from support import held_ports
+
+from proof.attacker import CHEAP, HASTY, SECRET, Attacker, until_closed
+from support.cli import LIMIT, Command
+from support.effort import Effort
+from support.ftps_clients import FTPS
+from support.servers import held_ports
 
 pytestmark = pytest.mark.program
 

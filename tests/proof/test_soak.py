@@ -39,12 +39,12 @@ from typing import Any
 
 import psutil
 import pytest
-from cli import Command, environment
-from conftest import Effort
-from soak_records import Records, logged_uploads
-from soak_site import make_site
 
 from bridge.filesystems.atomic import is_hidden
+from proof.soak_records import Records, logged_uploads
+from proof.soak_site import make_site
+from support.cli import Command, environment
+from support.effort import Effort
 
 # (`blocks`: workers wait for each other to change a limit's count, and on a busy machine the one that has the
 # lock may not run for 0.1 s.)

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import Command
-from conftest import Effort
-from soak_client import KINDS, Records, Thread
-from soak_site import make_site
+
+from proof.soak_client import KINDS, Records, Thread
+from proof.soak_site import make_site
+from support.cli import Command
+from support.effort import Effort
 
 # (`blocks`: to collect garbage and to give back memory stops the server that is weighed.)
 pytestmark = [pytest.mark.program, pytest.mark.blocks]

@@ -30,22 +30,22 @@ import gevent
 import hypothesis.strategies as st
 import psutil
 import pytest
-from conftest import Effort
-from driver import LATE, TRANSFERS, Driver, Illegal, Reply
 from gevent.event import Event
-from grammar import NAMES
 from hypothesis import HealthCheck, Phase, given, settings
-from legal import GOING, first_codes, name_of
 from pyftpdlib.handlers import FTPHandler
-from sequences import no_more
-from served import fill, served
-from support import Client, eventually, handler_class, serving, users
-from tree import Tree
-from waits import MARK, WITNESS, Hooks, Mischief, Seen
 
 from bridge.filesystems.threads import THREADS
 from bridge.session.data import REPLY_CODES
 from bridge.users.authorizer import PASSWORD_THREADS
+from proof.driver import LATE, TRANSFERS, Driver, Illegal, Reply
+from proof.grammar import NAMES
+from proof.legal import GOING, first_codes, name_of
+from proof.sequences import no_more
+from proof.served import fill, served
+from proof.tree import Tree
+from proof.waits import MARK, WITNESS, Hooks, Mischief, Seen
+from support.effort import Effort
+from support.servers import Client, eventually, handler_class, serving, users
 
 _this = psutil.Process()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posixpath
 
-from grammar import TREE
+from proof.grammar import TREE
 
 
 class Upload:
