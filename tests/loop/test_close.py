@@ -300,6 +300,24 @@ def test_a_server_built_here_runs_in_a_thread_and_its_hub_ends_with_the_thread(t
 
 
 @pytest.mark.skipif(monkey.is_module_patched("threading"), reason="needs native threads: unpatched only")
+def test_a_thread_may_end_its_hub_and_have_another() -> None:
+    seen: list[Any] = []
+
+    def run() -> None:
+        one = hubs.current()
+        hubs.end()
+        hubs.end()  # again
+        seen.extend([one.loop, hubs.current()])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(20)
+    loop_of_the_first, second = seen
+    assert loop_of_the_first is None  # destroyed
+    assert second.loop is None
+
+
+@pytest.mark.skipif(monkey.is_module_patched("threading"), reason="needs native threads: unpatched only")
 def test_a_hub_that_was_there_before_outlives_the_loop(tmp_path: Path) -> None:
     left: list[Any] = []
 
@@ -310,6 +328,7 @@ def test_a_hub_that_was_there_before_outlives_the_loop(tmp_path: Path) -> None:
         server.serve_forever(timeout=0.001, blocking=False)
         server.close_all()
         gevent.sleep(0)
+        hubs.end()
         left.append(hub.loop is not None)
         hub.destroy()
 
