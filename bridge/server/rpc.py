@@ -1,11 +1,11 @@
-"""Asking the other worker processes: each answers on a Unix socket in the site's runtime directory.
+"""Asking the other worker processes: each answers on a Unix socket in a directory of this user's.
 
-A leaf of the package. A question is one line of JSON, the answer all there is until the end of the
-connection, JSON too:
+A question is one line of JSON; the answer is all that comes until the end of the connection, JSON too:
 
-    <runtime_dir>/0.sock   <runtime_dir>/1.sock   ...   one for each slot, the directory is for this user only
+    <directory>/0.sock   <directory>/1.sock   ...   one for each slot
 
-Whoever does not answer within ANSWER_TIMEOUT seconds, or is gone (its socket's file may be left), is not
+A process that does not answer within ANSWER_TIMEOUT seconds, or is gone (its socket's file may be left), is
+not
 counted.
 """
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 #: What is asked and answered.
 Answer = Callable[[dict[str, Any]], Any]
 
-#: Seconds a sibling has for its answer. One that is not blocked needs 0.001 to 0.01.
+#: Seconds another process has for its answer. One that is not blocked needs 0.001 to 0.01.
 ANSWER_TIMEOUT = 0.5
 
 #: Bytes that a question may have.
@@ -36,7 +36,7 @@ MAX_QUESTION = 4096
 
 
 def serve(directory: str, slot: int, answer: Answer) -> Callable[[], None]:
-    """Answer the siblings' questions from now on, on this thread's hub; returns what ends it.
+    """Answer questions of the other processes on this thread's hub; returns what ends it.
 
     *answer* is called in a greenlet. Owns `<slot>.sock` in *directory*; one that a dead process has left is
     replaced. Raises OSError.
@@ -51,7 +51,7 @@ def serve(directory: str, slot: int, answer: Answer) -> Callable[[], None]:
                 question = json.loads(file.readline(MAX_QUESTION))
             sock.sendall(json.dumps(answer(question)).encode())
         except (OSError, ValueError, gevent.Timeout) as error:
-            log.debug("a sibling asked and went: %r", error)  # it has lost its patience, or died
+            log.debug("another process asked and went: %r", error)  # it timed out, or died
 
     server = StreamServer(gevent.socket.socket(fileno=listener.detach()), _on_connection)
     server.start()

@@ -318,11 +318,11 @@ class DummyHashes:
         """What *name* is checked against, which nothing matches."""
         number = hmac.digest(self._key, name.encode("utf-8", "surrogateescape"), "sha256")
         if not self._hashes:
-            return _default_decoy()
+            return _default_dummy()
         like = self._hashes[int.from_bytes(number[:8], "big") % len(self._hashes)]
         return Hash(like.ln, like.r, like.p, number[:SALT], os.urandom(len(like.digest)))
 
 
 @functools.cache
-def _default_decoy() -> Hash:
+def _default_dummy() -> Hash:
     return Hash(LN, R, P, os.urandom(SALT), os.urandom(DIGEST))

@@ -4,7 +4,7 @@ A leaf of the package: `Rate`, which any number of connections share, and a mix-
 keeps to it. pyftpdlib's ThrottledDTPHandler limits each connection by itself, is no TLS handler, and sends
 for a second before it looks.
 
-A connection that has moved *n* bytes is deaf for as long as *n* bytes may take; of several that share a rate
+A connection that has moved *n* bytes stops for as long as *n* bytes may take; of several that share a rate
 each waits for those before it. Its watcher is off meanwhile: nothing is polled, and TCP slows the client.
 Bytes go through Python (no sendfile, no splice), so that they can be counted.
 """

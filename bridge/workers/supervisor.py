@@ -284,9 +284,9 @@ class Supervisor:
         for worker in list(self._workers.values()):
             pid, status = os.waitpid(worker.pid, os.WNOHANG)
             if pid:
-                self._bury(worker, status)
+                self._on_worker_gone(worker, status)
 
-    def _bury(self, worker: WorkerProcess, status: int) -> None:
+    def _on_worker_gone(self, worker: WorkerProcess, status: int) -> None:
         del self._workers[worker.pid]
         worker.channel.close()
         self._parent.forget(worker.slot)

@@ -13,16 +13,16 @@ import gevent
 import gevent.socket
 import pytest
 
-from bridge.server import rpc as siblings
+from bridge.server import rpc
 from support.fakes import Gate
 
-Serve = Callable[[int, siblings.Answer], None]
+Serve = Callable[[int, rpc.Answer], None]
 
 
 @pytest.fixture
 def serve(short_path: Path) -> Iterator[Serve]:
     endings: list[Callable[[], None]] = []
-    yield lambda slot, answer: endings.append(siblings.serve(str(short_path), slot, answer))
+    yield lambda slot, answer: endings.append(rpc.serve(str(short_path), slot, answer))
     for end in endings:
         end()
 
@@ -30,13 +30,13 @@ def serve(short_path: Path) -> Iterator[Serve]:
 def test_all_but_oneself_are_asked_and_each_answers(short_path: Path, serve: Serve) -> None:
     for slot in range(3):
         serve(slot, lambda question, slot=slot: [slot, question])  # type: ignore[misc]
-    answers = siblings.ask_all(str(short_path), 1, {"ask": "snow ☃"})
+    answers = rpc.ask_all(str(short_path), 1, {"ask": "snow ☃"})
     assert answers == [[0, {"ask": "snow ☃"}], [2, {"ask": "snow ☃"}]]
 
 
 def test_an_answer_may_be_long(short_path: Path, serve: Serve) -> None:
     serve(0, lambda question: "x" * 5_000_000)
-    assert siblings.ask_all(str(short_path), 1, {}) == ["x" * 5_000_000]
+    assert rpc.ask_all(str(short_path), 1, {}) == ["x" * 5_000_000]
 
 
 def test_who_has_died_is_not_counted_and_his_successor_is(short_path: Path, serve: Serve) -> None:
@@ -45,21 +45,21 @@ def test_who_has_died_is_not_counted_and_his_successor_is(short_path: Path, serv
     dead.listen()
     dead.close()
     serve(1, lambda question: "alive")
-    assert siblings.ask_all(str(short_path), 2, {}) == ["alive"]
+    assert rpc.ask_all(str(short_path), 2, {}) == ["alive"]
     serve(0, lambda question: "again")
-    assert siblings.ask_all(str(short_path), 2, {}) == ["again", "alive"]
+    assert rpc.ask_all(str(short_path), 2, {}) == ["again", "alive"]
 
 
 def test_nobody_waits_for_one_who_does_not_answer(
     short_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(siblings, "ANSWER_TIMEOUT", 0.05)
+    monkeypatch.setattr(rpc, "ANSWER_TIMEOUT", 0.05)
     blocked = socket.socket(socket.AF_UNIX)
     blocked.bind(str(short_path / "0.sock"))
     blocked.listen()
     serve(1, lambda question: "alive")
     with blocked:
-        assert siblings.ask_all(str(short_path), 2, {}) == ["alive"]
+        assert rpc.ask_all(str(short_path), 2, {}) == ["alive"]
 
 
 def test_all_are_asked_at_once(short_path: Path, serve: Serve) -> None:
@@ -73,7 +73,7 @@ def test_all_are_asked_at_once(short_path: Path, serve: Serve) -> None:
 
     serve(0, lambda question: answer(gate, other))
     serve(1, lambda question: answer(other, gate))
-    assert siblings.ask_all(str(short_path), 2, {}) == ["met", "met"]
+    assert rpc.ask_all(str(short_path), 2, {}) == ["met", "met"]
 
 
 def test_one_who_fails_costs_his_answer_only(short_path: Path, serve: Serve) -> None:
@@ -82,15 +82,15 @@ def test_one_who_fails_costs_his_answer_only(short_path: Path, serve: Serve) -> 
 
     serve(0, fail)
     serve(1, lambda question: "fine")
-    assert siblings.ask_all(str(short_path), 2, {}) == ["fine"]
+    assert rpc.ask_all(str(short_path), 2, {}) == ["fine"]
 
 
 def test_a_directory_that_is_gone_has_nobody(short_path: Path) -> None:
-    assert siblings.ask_all(str(short_path / "gone"), 0, {}) == []
+    assert rpc.ask_all(str(short_path / "gone"), 0, {}) == []
 
 
 def test_the_socket_goes_with_its_end(short_path: Path) -> None:
-    end = siblings.serve(str(short_path), 3, lambda question: "here")
+    end = rpc.serve(str(short_path), 3, lambda question: "here")
     assert os.listdir(short_path) == ["3.sock"]
     end()
     assert os.listdir(short_path) == []
@@ -114,5 +114,5 @@ def test_what_is_no_question_gets_no_answer_and_does_no_harm(short_path: Path, s
             except ConnectionResetError:
                 pass  # what it did not read
     assert asked == []
-    assert siblings.ask_all(str(short_path), 1, {"ask": 1}) == ["fine"]
+    assert rpc.ask_all(str(short_path), 1, {"ask": 1}) == ["fine"]
     assert json.dumps(asked) == '[{"ask": 1}]'
