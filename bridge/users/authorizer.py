@@ -154,16 +154,23 @@ class WatchedFile:
         self._path = path
         self._authorizer = authorizer
         self._seen: tuple[int, ...] | None = None
+        self._others_may_read = False
 
     def load(self) -> None:
-        """Read it. Raises OSError or UserFileError; then nothing has changed. May block."""
-        users, others_may_read = self._read()
-        self._take(users, others_may_read)
+        """Read it. Raises OSError or UserFileError; then nothing has changed. May block.
+
+        Logs nothing, since the log may not be set up yet: `warn` does.
+        """
+        self._take(*self._read())
+
+    def warn(self) -> None:
+        """Log what is wrong with the file that was read last."""
+        if self._others_may_read:
+            log.warning("%s: everybody on this machine may read it; chmod o-rwx", self._path)
 
     def _take(self, users: dict[str, User], others_may_read: bool) -> None:
         self._authorizer.replace(users)
-        if others_may_read:
-            log.warning("%s: everybody on this machine may read it; chmod o-rwx", self._path)
+        self._others_may_read = others_may_read
 
     # --- runs in a greenlet of its own: may wait
 
@@ -190,6 +197,7 @@ class WatchedFile:
             log.error("%s; the users stay as they were", reason_for(self._path, error))
         else:
             self._take(users, others_may_read)
+            self.warn()
             log.info("%s: %d users", self._path, len(users))
 
     # --- runs in a threadpool thread: no gevent

@@ -186,7 +186,7 @@ def test_fewer_ports_than_sessions_are_mentioned(
     options: list[str], line: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    site_of(*options)
+    site_of(*options).prepare()
     assert len(caplog.messages) == (line is not None)
     assert line is None or line in caplog.text
 

@@ -44,7 +44,7 @@ def configure(application: Application) -> None:
     """Tell addresses and take ports as the options say. Raises UsageError."""
     _configure_addresses(application)
     if application.options.range:
-        _check_ports(application.options)
+        _check_ports(application)
 
 
 # --- addresses
@@ -94,7 +94,8 @@ def _address(text: str) -> str:
 # --- ports
 
 
-def _check_ports(options: argparse.Namespace) -> None:
+def _check_ports(application: Application) -> None:
+    options = application.options
     ports: list[int] = options.range
     shown = f"--passive-ports (--range) {ports[0]}-{ports[-1]}"
     if options.port in ports:
@@ -106,13 +107,12 @@ def _check_ports(options: argparse.Namespace) -> None:
             )
     sessions = options.max_cons
     if not sessions or len(ports) < sessions:
-        log.warning(
-            "%s: %d port(s) for %s sessions (--max-cons); while so many wait for their data connection, "
-            "others get 425",
-            shown,
-            len(ports),
-            sessions or "any number of",
+        warning = (
+            f"{shown}: {len(ports)} port(s) for {sessions or 'any number of'} sessions (--max-cons); "
+            "while so many wait for their data connection, others get 425"
         )
+        # Later, when the log goes where --log-file and --log-format say.
+        application.before_bind.append(lambda: log.warning("%s", warning))
 
 
 def _is_allowed(interface: str | None, port: int) -> bool:

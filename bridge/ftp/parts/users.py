@@ -75,6 +75,7 @@ def configure(application: Application) -> None:
     application.users = f"{count} {'user' if count == 1 else 'users'} of {options.users}"
     application.access = "as the file says"
     application.client_options = "-u USER:PASSWORD " + application.client_options
+    application.before_bind.append(file.warn)
     application.reload.append(file.reload)
     application.services.append(file.start)
     if options.anonymous:
