@@ -49,12 +49,12 @@ class Handler(FTPHandler):
     def ftp_SYST(self, line):
         self.respond(f"215 {os.getpid()}")
 # The test ends all three by SIGINT. Python drops a KeyboardInterrupt that is raised during a fork, so each
-# says when it has forked. Without hear_signals(), a hub that is about to wait would notice the signal at its
-# next event only.
-from bridge.hubs import hear_signals
+# says when it has forked. Without wake_on_signals(), a hub that is about to wait would notice the signal at
+# its next event only.
+from bridge.loop import wake_on_signals
 class Loop(GeventIOLoop):
     def loop(self, *args, **kwargs):
-        hear_signals(gevent.get_hub())
+        wake_on_signals(gevent.get_hub())
         print("serves", flush=True)
         super().loop(*args, **kwargs)
 def wait_for_children(wait=os.wait):

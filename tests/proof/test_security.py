@@ -94,7 +94,7 @@ Time and memory
   the rest of a long command obeyed                  CVE-2008-4247 (BSD's ftpd; pyftpdlib's)
     Thrown away.
     -> test_hardening.test_the_rest_of_a_command_that_is_too_long_is_no_command
-    -> test_hardening.test_the_command_is_strict_whatever_the_concurrency
+    -> test_hardening.test_the_command_is_strict_in_worker_processes_too
   commands without an end, replies nobody reads      CVE-2007-6739 (pyftpdlib)
     Take no memory.
     -> test_security_limits.test_what_has_no_end_takes_no_memory
