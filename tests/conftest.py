@@ -20,7 +20,7 @@ import site
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,16 @@ def open_path() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=place) as path:
         os.chmod(path, 0o755)
         yield Path(path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Names of files in a report may be no UTF-8; pytest-xdist gives up the whole run then."""
+    report = yield
+    text = f"{report.longrepr}" if report.failed else ""
+    if text != (printable := text.encode(errors="backslashreplace").decode()):
+        report.longrepr = printable
+    return report
 
 
 # --- nothing is left behind

@@ -80,7 +80,7 @@ class Driver:
         first, text = None, ""
         while True:
             try:
-                line = self.file.readline().decode("utf-8", "replace")
+                line = self.file.readline().decode("utf-8", "surrogateescape")
             except (ConnectionError, ssl.SSLError):
                 line = ""
             if not line:
@@ -221,7 +221,7 @@ class Driver:
 
     def happened(self, name: str, line: bytes, reply: Reply) -> None:
         code, text = reply
-        argument = line.decode("utf-8", "replace").partition(" ")[2]
+        argument = line.decode("utf-8", "surrogateescape").partition(" ")[2]
         path = absolute(self.cwd, argument)
         if name in TRANSFERS and code in (125, 150):
             if "transfer" in self.owed:
@@ -412,6 +412,10 @@ class Driver:
         """End the session: QUIT, close or reset, with half a command before."""
         self.heard.append(f"   the session ends: {how} {partial!r}")
         if how == "quit" and not self.ended:
+            if "transfer" in self.owed and self.data is None:
+                self.say(
+                    [b"ABOR"]
+                )  # or QUIT waits for the data connection, for as long as PASV's port is open
             self.send(b"QUIT\r\n")
             said_goodbye = False
             while (reply := self.reply()) is not None:

@@ -232,6 +232,9 @@ class Peer:
     def hang_up(self) -> None:
         """QUIT; returns when the server has forgotten the session."""
         self.close_data()
+        self.send(
+            b"ABOR"
+        )  # or we wait for the data connection of a transfer, for as long as PASV's port is open
         self.send(b"QUIT")
         while not self.ended:
             self.reply()
