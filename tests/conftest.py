@@ -89,8 +89,8 @@ def pytest_report_header() -> str:
 # --- what tests and the programs that they start find around them
 
 #: Variables of who runs the tests, that mean something to programs: to Python's urllib, curl and wget; to a
-#: service of systemd; to `--http-admin`.
-_FOREIGN = ("XDG_", "NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", bridge.web.auth.ENVIRONMENT)
+#: service of systemd; to argparse, and to `--http-admin`.
+_FOREIGN = ("XDG_", "NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "COLUMNS", bridge.web.auth.ENVIRONMENT)
 
 
 @pytest.fixture(scope="session", autouse=True)

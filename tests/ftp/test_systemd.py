@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pyftpdlib.prefork import cpu_count
 
+from bridge.ftp.parts.workers import cores
 from support.cli import LIMIT, Command, become_third, environment, log_in, run
 
 pytestmark = pytest.mark.program
@@ -157,7 +157,7 @@ def test_the_watchdog_is_fed(
     tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch, concurrency: str
 ) -> None:
     watch(monkeypatch, 0.1)
-    processes = cpu_count() if concurrency == "pre-fork" else 1
+    processes = cores() if concurrency == "pre-fork" else 1
     with Command("--concurrency", concurrency, directory=tmp_path) as server:
         received: list[str] = []
         while received.count("WATCHDOG=1") < 5 * processes:
