@@ -214,6 +214,8 @@ class Peer:
             self.close_data()
             return ["no data connection"]
         if how == "close" and isinstance(self.data, gevent.ssl.SSLSocket):
+            if not channel.receive:  # the server reads nothing, nor TLS's goodbye, before a command
+                self.data.settimeout(0)
             try:
                 self.data = self.data.unwrap()
             except OSError:
@@ -232,9 +234,7 @@ class Peer:
     def hang_up(self) -> None:
         """QUIT; returns when the server has forgotten the session."""
         self.close_data()
-        self.send(
-            b"ABOR"
-        )  # or we wait for the data connection of a transfer, for as long as PASV's port is open
+        self.send(b"ABOR")  # a transfer that waits for its data connection would put QUIT off
         self.send(b"QUIT")
         while not self.ended:
             self.reply()
