@@ -15,6 +15,7 @@ import fcntl
 import ipaddress
 import logging
 import os
+import shlex
 import socket
 import stat
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def load(certfile: str, keyfile: str | None = None) -> Identity:
     except TypeError:
         raise ConfigError(
             f"{option}: the key in {path!r} has a passphrase, which nobody can type here; "
-            f"take it off: openssl pkey -in {path} -out NEW"
+            f"take it off: openssl pkey -in {shlex.quote(path)} -out NEW"
         ) from None
     except (ValueError, UnsupportedAlgorithm):
         raise ConfigError(
