@@ -127,13 +127,18 @@ def open_path() -> Iterator[Path]:
         yield Path(path)
 
 
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Names of files in a report may be no UTF-8; pytest-xdist gives up the whole run then."""
     report = yield
     text = f"{report.longrepr}" if report.failed else ""
-    if text != (printable := text.encode(errors="backslashreplace").decode()):
-        report.longrepr = printable
+    if text != _encodable(text):
+        report.longrepr = _encodable(text)
+    report.sections = [(title, _encodable(output)) for title, output in report.sections]
     return report
 
 

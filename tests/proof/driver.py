@@ -229,9 +229,9 @@ class Driver:
             self.owed["transfer"] = ENDS
             if name in UPLOADS:
                 if name == "STOU":
-                    path = absolute(
-                        absolute(self.cwd, argument).rpartition("/")[0] if argument else self.cwd, text[10:]
-                    )
+                    directory, _, prefix = path.rpartition("/") if argument else (self.cwd, "", "")
+                    # The reply has ? for each line break in it.
+                    path = absolute(directory, prefix + text[10 + len(prefix) :])
                 self.upload = Upload(path, ascii=self.ascii, connected=code == 125)
         if code // 100 == 2:
             self.succeeded(name, argument, path, text)
