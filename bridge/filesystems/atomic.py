@@ -5,7 +5,7 @@ which takes the final name when the upload has completed and is removed when it 
 the data connection (session/upload.py), by calling `close()` or `abort()`; this module does not judge.
 
 Several servers may share a directory: each holds a lock (flock) on the hidden files that it writes, so what
-nobody holds is a leftover of a crash, whoever left it (`remove_leftovers`).
+nobody holds was left by a crash, and `remove_leftovers` removes it.
 """
 
 from __future__ import annotations

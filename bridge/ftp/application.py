@@ -67,7 +67,7 @@ class Application:
         self.after_bind: list[Callable[[], object]] = []
         #: Called in each serving process, on its hub, before it serves; each returns what ends it again.
         self.services: list[Callable[[], Callable[[], object]]] = []
-        #: Called in a greenlet on SIGHUP and on SIGUSR1: take up what has changed, open log files anew.
+        #: Called in a greenlet on SIGHUP (reload the files that the options name), on SIGUSR1 (reopen logs).
         #: (`rotate` also in the parent of workers, which has no hub.)
         self.reload: list[Callable[[], object]] = []
         self.rotate: list[Callable[[], object]] = []
@@ -122,7 +122,7 @@ class Application:
         self.server = self._server(listener)
 
     def report_state(self, state: str) -> None:
-        """Tell whoever started the process that it is now `ready`, `reloading` or `stopping`.
+        """Tell the program that started this one that it is now `ready`, `reloading` or `stopping`.
 
         For the main process, the one that was started; also in signal handlers.
         """

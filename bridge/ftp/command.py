@@ -6,8 +6,8 @@ application.py.
 
 The first SIGINT or SIGTERM drains the server, and the process exits with 0; the second cuts what is left, and
 ends the process with that signal if it is still there FORCE seconds later; the third ends it at once. SIGHUP
-takes up what has changed, SIGUSR1 opens log files anew, where a part has something to do then. What
-becomes of workers is in workers/supervisor.py.
+reloads the files that the options name, SIGUSR1 reopens log files. What becomes of workers is in
+workers/supervisor.py.
 """
 
 from __future__ import annotations

@@ -337,7 +337,7 @@ def _add_logs(parser: Parser) -> None:
         type=seconds,
         metavar="SECONDS",
         default=bridge.GeventIOLoop.long_wait,
-        help="log a session that has waited for so long in one command, 0 for never (default: %(default)g)",
+        help="log a session that has waited this long in one command, 0 for never (default: %(default)g)",
     )
     group.add_argument(
         "--max-blocking-time",

@@ -1,4 +1,4 @@
-"""The command's log: readable or JSON lines, to stderr or a file, and xferlog; opened anew by a signal.
+"""The command's log: readable or JSON lines, to stderr or a file, and xferlog; reopened on a signal.
 
 A feature of the command (ftp/application.py). records.py says what is logged, writer.py takes the lines to
 where they go without ever blocking the hub; in here are the options, the two formats, and the handler between

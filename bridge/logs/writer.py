@@ -64,7 +64,7 @@ def open_log(path: str) -> int:
 class Writer:
     """Writes lines to *path*, or to the descriptor *fd*, which is borrowed.
 
-    - (str) path: absolute; opened here (OSError), closed by `close`, opened anew by `reopen`.
+    - (str) path: absolute; opened here (OSError), closed by `close`, reopened by `reopen`.
     - (int) fd: when *path* is None.
     - notice: makes the line that says how many were dropped; called in the writer's thread. None for no line.
 
@@ -103,7 +103,7 @@ class Writer:
         self._ring()
 
     def reopen(self) -> None:
-        """Open the file anew, under the same name, for what is put from now on.
+        """Open the file again, under the same name, for what is put from now on.
 
         If that fails the old one stays, and stderr says so.
         """
@@ -233,7 +233,7 @@ class Writer:
         try:
             fd = open_log(self._path)
         except OSError as error:
-            self._tell(f"cannot open it anew, goes on with the old file: {error.strerror}")
+            self._tell(f"cannot reopen it, goes on with the old file: {error.strerror}")
             return
         old, self._fd = self._fd, fd
         self._limit = _at_once(fd)

@@ -11,7 +11,7 @@ A mix-in for control connections, part of `handlers.SessionMixin`; a leaf of the
   somebody else connects there, so that any host can put the session's replies out of step.
 - **A client has `timeout` seconds to log in**, however many commands it sends meanwhile.
 - **STOU stays in the home**, by symbolic links too; pyftpdlib checks every path but this.
-- **After AUTH one logs in anew** (RFC 2228): who was there in the clear may have been somebody else.
+- **After AUTH one logs in again** (RFC 2228): who was there in the clear may have been somebody else.
 - **PROT C closes the port of PASV where data connections need TLS** (`tls_data_required`); pyftpdlib checks
   only that PASV comes after PROT P.
 - **A path that changes while it is looked at is 550.** os.path.realpath() raises FileNotFoundError when a

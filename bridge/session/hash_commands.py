@@ -227,7 +227,7 @@ class HashMixin(_FTPHandler):
             super().ftp_ABOR(line)
 
     def flush_account(self) -> None:
-        """As pyftpdlib; the next user begins anew."""
+        """As pyftpdlib, and ends a checksum under way; the next user has the default algorithm."""
         if self._cancel_hash():
             self.respond("426 Hash aborted.")
         self._hash_algorithm = self._hash_range = None

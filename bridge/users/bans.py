@@ -143,7 +143,7 @@ class Bans:
     def _lift(self, network: str) -> None:
         _, bans, slot = self._tables()
         columns = bans.columns(network)
-        if columns and columns[slot] <= time.monotonic() * 1000:  # else it was banned anew
+        if columns and columns[slot] <= time.monotonic() * 1000:  # else it was banned again
             bans.put(network, 0, slot)
 
     def _later(self, when: float, action: Callable[[], object]) -> None:

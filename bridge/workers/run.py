@@ -103,7 +103,7 @@ class Link:
     """A worker's end of what joins it to its parent.
 
     `slot` is its column in shared tables, `listener` its own listening socket, `is_successor` whether it was
-    started after the parent was configured, so that what can be read anew is to be read.
+    started after the parent was configured, so that what can be read again is to be read.
     """
 
     def __init__(self, worker: WorkerProcess, listener: socket.socket) -> None:
@@ -113,7 +113,7 @@ class Link:
         self._channel = worker.inner
 
     def serve(self, server: Any, rotate: Callable[[], object]) -> None:
-        """Start *server*, tell the parent, and obey it from now on. *rotate* opens log files anew."""
+        """Start *server*, tell the parent, and obey it from now on. *rotate* reopens log files."""
         server.start()
         gevent.spawn(_obey_parent, self._channel, server, rotate)
         self._channel.send(READY)

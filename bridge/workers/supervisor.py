@@ -10,10 +10,10 @@ and between forks; its loop waits for signals (set_wakeup_fd) and for what worke
 - **A worker that dies is replaced** after FIRST seconds, doubling to LAST; what it has counted in the shared
   tables is forgotten (`Parent.forget`). HOPELESS workers in a row that die before they serve end the parent
   with exit code 1.
-- **SIGHUP replaces the workers one by one.** The successor reads anew what can be read and serves before the
+- **SIGHUP replaces the workers one by one.** The successor reads again what can be read and serves before the
   old one retires; sessions stay where they are until they end, however long. There are two slots for each
   place: when none is free for a successor, the worker that retired first is drained (--stop-timeout).
-- **SIGTERM, SIGINT** go to all: drain, cut, end. SIGUSR1: log files are opened anew, here and in all workers.
+- **SIGTERM, SIGINT** go to all: drain, cut, end. SIGUSR1: log files are reopened, here and in all workers.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Parent:
     announce: Callable[[], object]
     #: The state is now `ready`, `reloading` or `stopping`; also called in signal handlers.
     report_state: Callable[[str], object]
-    #: SIGUSR1: open log files anew.
+    #: SIGUSR1: reopen log files.
     rotate: Callable[[], object]
     #: The worker in this slot is gone: clear what it has counted.
     forget: Callable[[int], object]

@@ -541,9 +541,7 @@ def test_a_file_that_cannot_be_opened_anew_stays(tmp_path: Path, capfd: pytest.C
     writer.put("line")
     writer.close(LIMIT)
     assert read_all(tmp_path / "old" / "log") == ["line"]
-    assert (
-        "cannot open it anew, goes on with the old file: No such file or directory" in capfd.readouterr().err
-    )
+    assert "cannot reopen it, goes on with the old file: No such file or directory" in capfd.readouterr().err
 
 
 def test_a_new_file_helps_one_that_is_full(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -147,7 +147,7 @@ EXCEPTIONS = [
         "encrypt",
     ),
     Exception_(
-        "After AUTH one logs in anew.",
+        "After AUTH one logs in again.",
         [("encrypt",), *_line(b"PWD")],
         ".*",
         r"(no data connection\n|226 Transfer complete\.\n)?530 Log in with USER and PASS first\."

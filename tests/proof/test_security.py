@@ -126,7 +126,7 @@ TLS
     -> test_security_limits.test_nothing_from_before_tls_is_obeyed_in_it
     -> test_peers.test_what_follows_auth_tls_in_the_clear_is_dropped_and_does_not_spin
   a login in the clear that lives on in TLS          RFC 2228 (pyftpdlib's)
-    One logs in anew.
+    One logs in again.
     -> test_hardening.test_after_auth_one_logs_in_anew
   going back to the clear: CCC, PROT C, plain data
     Refused with --tls-required. Where PROT P holds, a plain data connection gets nothing.

@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -207,7 +208,7 @@ def test_it_knows_whether_it_has_expired(tmp_path: Path, days: int, said: str | 
 def test_what_is_wrong_is_one_line_with_the_option_and_the_way_out(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     server, other = authority.issue("server"), authority.issue("other")
-    secret, nothing = tmp_path / "secret.pem", tmp_path / "nothing.pem"
+    secret, nothing = tmp_path / "a secret.pem", tmp_path / "nothing.pem"
     secret.write_bytes(pem_of(ec.generate_private_key(ec.SECP256R1()), b"passphrase"))
     nothing.write_text("nothing\n")
     both = tmp_path / "both.pem"
@@ -233,7 +234,7 @@ def test_what_is_wrong_is_one_line_with_the_option_and_the_way_out(tmp_path: Pat
     ]
     for path, option in ((secret, "--keyfile"), (both, "--certfile")):
         said = f"{option}: the key in {str(path)!r} has a passphrase, which nobody can type here; "
-        said += f"take it off: openssl pkey -in {path} -out NEW"
+        said += f"take it off: openssl pkey -in {shlex.quote(str(path))} -out NEW"
         cases.append((server, path, said) if path is secret else (path, None, said))
     for certfile, keyfile, expected in cases:
         with pytest.raises(ConfigError) as caught:

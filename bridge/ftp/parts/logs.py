@@ -16,7 +16,7 @@ from bridge.logs import Logs, RecordsMixin, XferlogMixin
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module."""
-    group = parser.add_argument_group("logging options (SIGUSR1 opens the files anew)")
+    group = parser.add_argument_group("logging options (SIGUSR1 reopens the files)")
     group.add_argument(
         "--log-format",
         choices=("text", "json"),

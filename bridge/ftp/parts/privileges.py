@@ -13,7 +13,7 @@ for instance. So
 
 - no Python module is imported from a file any more; those that are used late are imported before,
 - the user database, the time zone and the codecs are loaded before,
-- log files, certificates and lists of users stay as they were opened or read. What a part opens anew on
+- log files, certificates and lists of users stay as they were opened or read. What a part reopens on
   SIGHUP or SIGUSR1 has to lie in the chroot, under its old name. /proc and DNS are gone: names of hosts are
   looked up at the start only, and gevent's monitor does not watch the memory.
 """

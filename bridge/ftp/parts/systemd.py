@@ -1,8 +1,8 @@
 """Tells systemd how the process is: READY, RELOADING, STOPPING, and that it lives.
 
 A part of the command (ftp/application.py) without options: it does something if NOTIFY_SOCKET is set, as
-in a unit with Type=notify. The protocol is sd_notify(3)'s, a datagram for each change; it never blocks, and a
-systemd that does not listen is no error. The watchdog (WatchdogSec=) is fed by a timer on the hub, so a hub
+in a unit with Type=notify. The protocol is sd_notify(3)'s, a datagram for each change; it never blocks, and
+it is no error if systemd does not listen. The watchdog (WatchdogSec=) is fed by a timer on the hub, so a hub
 that is blocked gets the process restarted. Of several processes each feeds it, which needs NotifyAccess=all,
 and only the main process tells the rest.
 
